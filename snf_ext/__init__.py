@@ -1,0 +1,46 @@
+"""Self-normalizing flows: unconstrained linear and convolutional layers that learn their inverse.
+
+The layers are drop-in modules, :class:`Flow` composes them into a density, ``models`` holds the
+papers' architectures. Direction: ``forward`` goes from data x to noise z.
+"""
+
+from . import models, ops, reference
+from .backend import backend, build_info, use_backend
+from .bijection import Bijection, FlowStep
+from .flow import Flow
+from .layers import (
+    Dequantize,
+    ExactConv2d,
+    ExactLinear,
+    Flatten,
+    Logit,
+    Normalize,
+    SelfNormConv2d,
+    SelfNormLinear,
+    SmoothLeakyReLU,
+    Squeeze,
+)
+from .version import __version__
+
+__all__ = [
+    "Bijection",
+    "Dequantize",
+    "ExactConv2d",
+    "ExactLinear",
+    "Flatten",
+    "Flow",
+    "FlowStep",
+    "Logit",
+    "Normalize",
+    "SelfNormConv2d",
+    "SelfNormLinear",
+    "SmoothLeakyReLU",
+    "Squeeze",
+    "__version__",
+    "backend",
+    "build_info",
+    "models",
+    "ops",
+    "reference",
+    "use_backend",
+]

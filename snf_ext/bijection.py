@@ -1,0 +1,64 @@
+"""The contract that every part of a flow keeps: a bijection and its one step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class FlowStep(NamedTuple):
+    """What a bijection's ``forward`` returns.
+
+    Attributes:
+        z: the output, on the side of the noise.
+        log_det: ``log |det dz/dx|`` of each sample in nats, shape ``(B,)``. In training mode the
+            self-normalizing layers give it the *value* 0 and the learned inverse's *gradient*.
+        recon: squared reconstruction error of each sample by the learned inverse, ``(B,)``;
+            zeros where a bijection has no learned inverse.
+    """
+
+    z: Tensor
+    log_det: Tensor
+    recon: Tensor
+
+
+class Bijection(nn.Module):
+    """An invertible map. ``forward`` goes from data x to noise z, ``inverse`` back.
+
+    A subclass implements :meth:`forward` and :meth:`inverse`. It overrides
+    :meth:`exact_forward` only if its training-mode ``log_det`` is a surrogate, and
+    :meth:`output_shape` only if it changes the shape of an event.
+    """
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
+        """Map data ``x`` to noise; see :class:`FlowStep`."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
+        """Map noise ``z`` to data; ``exact=True`` by the true inverse, not the learned one."""
+        raise NotImplementedError(f"{type(self).__name__} has no inverse")
+
+    def exact_forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
+        """``forward`` with the exact value of ``log_det``, whatever the mode."""
+        return self.forward(x, context)
+
+    def output_shape(self, event_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of one output event for an input event of ``event_shape``."""
+        return event_shape
+
+
+def per_sample_sum(x: Tensor) -> Tensor:
+    """Sum over all dimensions but the first: ``(B, ...) -> (B,)``."""
+    return x.flatten(1).sum(1) if x.dim() > 1 else x
+
+
+def per_sample_zeros(x: Tensor) -> Tensor:
+    """Zeros of shape ``(B,)``, in the precision that log-determinants are summed in."""
+    return torch.zeros(x.shape[0], dtype=wide_dtype(x.dtype), device=x.device)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of per-sample sums: float32, or float64 for float64 input."""
+    return torch.promote_types(dtype, torch.float32)

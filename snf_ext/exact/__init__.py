@@ -1,0 +1,20 @@
+"""Exact log-determinants and inverses of the layers' matrices.
+
+The seam is :func:`factorize_linear` and :func:`factorize_conv2d`: layers ask them for a
+:class:`Factorization` and know nothing of how it is made. Today it is a dense LU.
+"""
+
+from .cache import FactorizationCache
+from .factorization import Factorization, factorize_conv2d, factorize_linear
+from .log_abs_det import conv2d_log_abs_det, linear_log_abs_det
+from .matrix import conv2d_matrix
+
+__all__ = [
+    "Factorization",
+    "FactorizationCache",
+    "conv2d_log_abs_det",
+    "conv2d_matrix",
+    "factorize_conv2d",
+    "factorize_linear",
+    "linear_log_abs_det",
+]

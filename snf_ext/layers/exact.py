@@ -1,0 +1,126 @@
+"""The same layers without a learned inverse, trained by the exact log-determinant."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import exact
+from ..bijection import Bijection, FlowStep, per_sample_zeros
+from ..reference.convolution import convolve
+from .conv_shape import ConvShape, image_size
+from .initial import near_identity
+
+
+class ExactLinear(Bijection):
+    """Linear map ``z = W x + c`` whose ``log |det W|`` is differentiated exactly.
+
+    Shapes: x ``(..., D)``, z the same, ``log_det`` and ``recon`` (zeros) ``(...)``.
+
+    Args:
+        features: D.
+        bias: whether there is a c.
+
+    Cost: O(B D^2 + D^3) a training step; this is what :class:`SelfNormLinear` avoids.
+
+    >>> layer = ExactLinear(4)
+    >>> step = layer(torch.randn(3, 4))
+    >>> torch.allclose(step.log_det, layer.log_abs_det().expand(3))
+    True
+    """
+
+    def __init__(self, features: int, bias: bool = True) -> None:
+        super().__init__()
+        if features < 1:
+            raise ValueError(f"features must be at least 1; got {features}")
+        self.features = features
+        self.weight = nn.Parameter(near_identity((features, features)))
+        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+        self._cache = exact.FactorizationCache()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
+        z = F.linear(x, self.weight, self.bias)
+        log_det = self.log_abs_det().expand(x.shape[:-1])
+        return FlowStep(z, log_det, torch.zeros_like(log_det))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
+        """The solution of ``W x = z - c``, exact in either case."""
+        y = z if self.bias is None else z - self.bias
+        return self._factorization().solve(y.reshape(-1, self.features)).reshape(z.shape)
+
+    def log_abs_det(self) -> Tensor:
+        """``log |det W|`` in nats, a scalar with its exact gradient (cached without grad)."""
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return exact.linear_log_abs_det(self.weight)
+        return self._factorization().log_abs_det.to(self.weight)
+
+    def _factorization(self) -> exact.Factorization:
+        return self._cache.get(self.weight, None, lambda: exact.factorize_linear(self.weight))
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, bias={self.bias is not None}"
+
+
+class ExactConv2d(Bijection):
+    """Convolution ``z = w * x + c`` whose log-determinant is differentiated exactly.
+
+    Arguments and shapes as in :class:`SelfNormConv2d`, less the inverse's kernel.
+
+    Cost: O((C H W)^3) a training step.
+
+    >>> layer = ExactConv2d(2, 3)
+    >>> layer(torch.randn(3, 2, 4, 4)).log_det.shape
+    torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        stride: int = 1,
+    ) -> None:
+        super().__init__()
+        self.shape = ConvShape.checked(
+            channels, kernel_size, dilation, groups, padding_mode, stride
+        )
+        self.weight = nn.Parameter(near_identity(self.shape.weight_shape(), groups))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self._cache = exact.FactorizationCache()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
+        self.shape.check_image(x, "x")
+        z = convolve(x, self.weight, *self.shape.geometry)
+        if self.bias is not None:
+            z = z + self.bias[:, None, None]
+        log_det = self.log_abs_det((x.shape[2], x.shape[3])).expand(x.shape[0])
+        return FlowStep(z, log_det, per_sample_zeros(x))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
+        """The solution of ``w * x = z - c``, exact in either case."""
+        self.shape.check_image(z, "z")
+        y = z if self.bias is None else z - self.bias[:, None, None]
+        factorization = self._factorization((z.shape[2], z.shape[3]))
+        return factorization.solve(y.flatten(1)).reshape(z.shape)
+
+    def log_abs_det(self, spatial_shape: tuple[int, int]) -> Tensor:
+        """``log |det T(w)|`` in nats, a scalar with its exact gradient (cached without grad)."""
+        size = image_size(spatial_shape)
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return exact.conv2d_log_abs_det(self.weight, size, *self.shape.geometry)
+        return self._factorization(size).log_abs_det.to(self.weight)
+
+    def _factorization(self, spatial_shape: tuple[int, int]) -> exact.Factorization:
+        return self._cache.get(
+            self.weight,
+            spatial_shape,
+            lambda: exact.factorize_conv2d(self.weight, spatial_shape, *self.shape.geometry),
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, bias={self.bias is not None}"

@@ -1,0 +1,92 @@
+"""Dispatch and fake kernels of the self-normalizing operators.
+
+The schemas are in ``csrc/schema.cpp``; autograd and autocast in ``csrc/autograd.cpp``. The
+arguments, results and exceptions are those of the plain twins in ``snf_ext.reference``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backend import build_info, runs_native
+from ..bijection import wide_dtype
+
+
+def snf_linear(
+    x: Tensor, weight: Tensor, weight_inv: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`snf_ext.reference.snf_linear` on the backend in use."""
+    if runs_native(x.device):
+        return torch.ops.snf_ext.snf_linear(x, weight, weight_inv, bias)
+    return reference.snf_linear(x, weight, weight_inv, bias)
+
+
+def snf_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    weight_inv: Tensor,
+    bias: Tensor | None = None,
+    dilation: int = 1,
+    groups: int = 1,
+    circular: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`snf_ext.reference.snf_conv2d` on the backend in use."""
+    if runs_native(x.device):
+        return torch.ops.snf_ext.snf_conv2d(
+            x, weight, weight_inv, bias, dilation, groups, circular
+        )
+    return reference.snf_conv2d(x, weight, weight_inv, bias, dilation, groups, circular)
+
+
+def _fake_forward(x: Tensor, recon_shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    wide = wide_dtype(x.dtype)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(recon_shape, dtype=wide),
+        x.new_empty(x.shape, dtype=wide),
+    )
+
+
+def _fake_backward(
+    x: Tensor, weight: Tensor, weight_inv: Tensor, mask: list[bool]
+) -> tuple[Tensor, ...]:
+    """Shapes of (dx, dW, dR, dc); a gradient that is not asked for has no elements."""
+    shapes = (x.shape, weight.shape, weight_inv.shape, weight.shape[:1])
+    return tuple(
+        x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, mask, strict=True)
+    )
+
+
+if build_info()["cpp"]:
+
+    @torch.library.register_fake("snf_ext::snf_linear_forward")
+    def _(x, weight, weight_inv, bias):
+        return _fake_forward(x, x.shape[:-1])
+
+    @torch.library.register_fake("snf_ext::snf_linear_backward")
+    def _(grad_z, grad_log_det, grad_recon, x, z, residual, weight, weight_inv, bias, output_mask):
+        return _fake_backward(x, weight, weight_inv, output_mask)
+
+    @torch.library.register_fake("snf_ext::snf_conv2d_forward")
+    def _(x, weight, weight_inv, bias, dilation, groups, circular):
+        return _fake_forward(x, x.shape[:1])
+
+    @torch.library.register_fake("snf_ext::snf_conv2d_backward")
+    def _(
+        grad_z,
+        grad_log_det,
+        grad_recon,
+        x,
+        z,
+        residual,
+        weight,
+        weight_inv,
+        bias,
+        dilation,
+        groups,
+        circular,
+        output_mask,
+    ):
+        return _fake_backward(x, weight, weight_inv, output_mask)

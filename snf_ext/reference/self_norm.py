@@ -1,0 +1,238 @@
+"""The self-normalizing linear and convolution operators in plain torch.
+
+Both layers map ``y = W x``, ``z = y + c`` and reconstruct ``e = R y - x`` by the learned inverse R.
+With ``S`` the sum of the gradients of ``log_det`` and ``q`` those of ``recon``, both backwards are
+
+    dx = W' dz
+    dW = (dz / 2 + 2 q R'e) x' + S/2 R'          (SNF 10, 17)
+    dR = (2 q e - dx / 2) y' - S/2 W'            (SNF 11, 20)
+
+where a convolution reads products with ``x'`` and ``y'`` as weight gradients, and the last terms as
+``flip(r) * m(w)`` and ``flip(w) * m(r)`` (SNF 15, 16). ``recon`` sends no gradient to x.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bijection import wide_dtype
+from .checks import check_conv2d, check_linear
+from .convolution import convolve, flip, inverse_term, weight_gradient
+
+
+def snf_linear(
+    x: Tensor, weight: Tensor, weight_inv: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Self-normalizing linear map ``z = W x + c`` of the last dimension.
+
+    Args:
+        x: ``(..., D)``.
+        weight: W, ``(D, D)``.
+        weight_inv: R, the learned inverse, ``(D, D)``.
+        bias: c, ``(D,)``.
+
+    Returns:
+        ``(z, log_det, recon)`` of shapes ``(..., D)``, ``(...)``, ``(...)``. The value of
+        ``log_det`` is 0, its gradient the learned inverse's; ``recon = ||R W x - x||^2``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or device.
+
+    Cost: 2 products of B D^2 forward, 4 backward; keeps x, y and e. Source: SNF 4.1, A.1.
+
+    >>> x, eye = torch.randn(2, 3), torch.eye(3)
+    >>> z, log_det, recon = snf_linear(x, eye, eye)
+    >>> torch.equal(z, x), recon.tolist()
+    (True, [0.0, 0.0])
+    """
+    x, weight, weight_inv, bias = _autocast(x, weight, weight_inv, bias)
+    check_linear(x, weight, weight_inv, bias)
+    batch, wide = x.shape[:-1], wide_dtype(x.dtype)
+    z, log_det, recon = _Linear.apply(
+        x.reshape(-1, x.shape[-1]).to(wide),
+        weight.to(wide),
+        weight_inv.to(wide),
+        None if bias is None else bias.to(wide),
+    )
+    return z.to(x.dtype).view(x.shape), log_det.view(batch), recon.view(batch)
+
+
+def snf_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    weight_inv: Tensor,
+    bias: Tensor | None = None,
+    dilation: int = 1,
+    groups: int = 1,
+    circular: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Self-normalizing convolution of stride 1 that keeps the image's size.
+
+    Args:
+        x: ``(B, C, H, W)``.
+        weight: w, ``(C, C/groups, kh, kw)`` with odd kh and kw.
+        weight_inv: r, the learned inverse, ``(C, C/groups, k'h, k'w)``; its size may differ.
+        bias: c, ``(C,)``.
+        dilation: distance between the taps of both kernels.
+        groups: number of channel groups of both kernels.
+        circular: wrap the image around instead of padding it with zeros.
+
+    Returns:
+        ``(z, log_det, recon)`` of shapes ``(B, C, H, W)``, ``(B,)``, ``(B,)``. The value of
+        ``log_det`` is 0, its gradient the learned inverse's; ``recon = ||r * (w * x) - x||^2``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or device.
+
+    Cost: 2 convolutions forward, 4 of the same size backward. Source: SNF 4.2, A.2, A.4.
+
+    >>> x = torch.randn(2, 1, 4, 5)
+    >>> dirac = torch.nn.init.dirac_(torch.empty(1, 1, 3, 3))
+    >>> z, log_det, recon = snf_conv2d(x, dirac, dirac)
+    >>> torch.equal(z, x), recon.tolist()
+    (True, [0.0, 0.0])
+    """
+    x, weight, weight_inv, bias = _autocast(x, weight, weight_inv, bias)
+    check_conv2d(x, weight, weight_inv, bias, dilation, groups)
+    wide = wide_dtype(x.dtype)
+    z, log_det, recon = _Conv2d.apply(
+        x.to(wide),
+        weight.to(wide),
+        weight_inv.to(wide),
+        None if bias is None else bias.to(wide),
+        dilation,
+        groups,
+        circular,
+    )
+    return z.to(x.dtype), log_det, recon
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, weight_inv: Tensor, bias: Tensor | None):
+        with _without_autocast(x.device):
+            y = x @ weight.T
+            e = y @ weight_inv.T - x
+        ctx.save_for_backward(x, weight, weight_inv, y, e)
+        z = y.clone() if bias is None else y + bias
+        return z, x.new_zeros(x.shape[0]), e.square().sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor, grad_recon: Tensor):
+        dx, dw, dr = _LinearBackward.apply(
+            grad_z, grad_log_det.sum(), grad_recon, *ctx.saved_tensors
+        )
+        return dx, dw, dr, grad_z.sum(0) if ctx.needs_input_grad[3] else None
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A backward that refuses to be differentiated again, in words."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        raise NotImplementedError(
+            "double backward through a self-normalizing layer is not supported: "
+            "its gradient is a learned approximation and has no derivative of its own"
+        )
+
+
+class _LinearBackward(_OnceDifferentiable):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_z: Tensor,
+        total: Tensor,
+        grad_recon: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        weight_inv: Tensor,
+        y: Tensor,
+        e: Tensor,
+    ):
+        with _without_autocast(x.device):
+            pull = 2 * grad_recon[:, None] * e
+            dx = grad_z @ weight
+            dw = (0.5 * grad_z + pull @ weight_inv).T @ x + 0.5 * total * weight_inv.T
+            dr = (pull - 0.5 * dx).T @ y - 0.5 * total * weight.T
+        return dx, dw, dr
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        weight_inv: Tensor,
+        bias: Tensor | None,
+        dilation: int,
+        groups: int,
+        circular: bool,
+    ):
+        with _without_autocast(x.device):
+            y = convolve(x, weight, dilation, groups, circular)
+            e = convolve(y, weight_inv, dilation, groups, circular) - x
+        ctx.save_for_backward(x, weight, weight_inv, y, e)
+        ctx.geometry = (dilation, groups, circular)
+        z = y.clone() if bias is None else y + bias[:, None, None]
+        return z, x.new_zeros(x.shape[0]), e.square().sum((1, 2, 3))
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor, grad_recon: Tensor):
+        dx, dw, dr = _Conv2dBackward.apply(
+            grad_z, grad_log_det.sum(), grad_recon, *ctx.saved_tensors, *ctx.geometry
+        )
+        dc = grad_z.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
+        return dx, dw, dr, dc, None, None, None
+
+
+class _Conv2dBackward(_OnceDifferentiable):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_z: Tensor,
+        total: Tensor,
+        grad_recon: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        weight_inv: Tensor,
+        y: Tensor,
+        e: Tensor,
+        dilation: int,
+        groups: int,
+        circular: bool,
+    ):
+        geometry = (dilation, groups, circular)
+        with _without_autocast(x.device):
+            pull = 2 * grad_recon[:, None, None, None] * e
+            dx = convolve(grad_z, flip(weight, groups), *geometry)
+            delta_w = 0.5 * grad_z + convolve(pull, flip(weight_inv, groups), *geometry)
+            dw = weight_gradient(delta_w, x, weight, *geometry)
+            dr = weight_gradient(pull - 0.5 * dx, y, weight_inv, *geometry)
+            dw += 0.5 * total * inverse_term(weight_inv, weight, x.shape[2:], *geometry)
+            dr -= 0.5 * total * inverse_term(weight, weight_inv, x.shape[2:], *geometry)
+        return dx, dw, dr
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Autocast rule of both operators: half precisions are widened to float32.
+
+    The residual needs float32: rounded to bfloat16 and weighted by lambda it is worth whole nats.
+    """
+    x = tensors[0]
+    assert x is not None
+    kind = x.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return tensors
+    half = (torch.bfloat16, torch.float16)
+    return tuple(t.float() if t is not None and t.dtype in half else t for t in tensors)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
