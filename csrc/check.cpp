@@ -1,0 +1,101 @@
+#include "check.h"
+
+#include <sstream>
+
+namespace snf {
+namespace {
+
+std::string dtype_name(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kByte: return "torch.uint8";
+    case at::kChar: return "torch.int8";
+    case at::kShort: return "torch.int16";
+    case at::kInt: return "torch.int32";
+    case at::kLong: return "torch.int64";
+    case at::kBool: return "torch.bool";
+    case at::kHalf: return "torch.float16";
+    case at::kBFloat16: return "torch.bfloat16";
+    case at::kFloat: return "torch.float32";
+    case at::kDouble: return "torch.float64";
+    case at::kComplexFloat: return "torch.complex64";
+    case at::kComplexDouble: return "torch.complex128";
+    default: return c10::toString(t.scalar_type());
+  }
+}
+
+void check_floating(const at::Tensor& x) {
+  TORCH_CHECK_TYPE(
+      at::isFloatingType(x.scalar_type()), "x must be a floating-point tensor; got ",
+      dtype_name(x));
+}
+
+void check_bias(const OptionalTensor& bias, int64_t size, const char* letter) {
+  TORCH_CHECK_VALUE(
+      !bias || (bias->dim() == 1 && bias->size(0) == size), "bias must have shape [", letter,
+      "] = [", size, "]; got ", bias->sizes());
+}
+
+void check_alike(const at::Tensor& x, const char* name, const OptionalTensor& other) {
+  if (!other) return;
+  TORCH_CHECK_TYPE(
+      other->scalar_type() == x.scalar_type(), name, " must have the dtype of x, ", dtype_name(x),
+      "; got ", dtype_name(*other));
+  TORCH_CHECK_VALUE(
+      other->device() == x.device(), name, " must be on the device of x, ", x.device(), "; got ",
+      other->device());
+}
+
+}  // namespace
+
+void check_linear(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_inv,
+    const OptionalTensor& bias) {
+  check_floating(x);
+  TORCH_CHECK_VALUE(
+      weight.dim() == 2 && weight.size(0) == weight.size(1),
+      "weight must be a square matrix [D, D]; got ", weight.sizes());
+  const int64_t features = weight.size(0);
+  TORCH_CHECK_VALUE(
+      x.dim() >= 1 && x.size(-1) == features, "x must have shape [..., D] with D = ", features,
+      "; got ", x.sizes());
+  TORCH_CHECK_VALUE(
+      weight_inv.sizes() == weight.sizes(), "weight_inv must have shape [D, D] = ",
+      weight.sizes(), "; got ", weight_inv.sizes());
+  check_bias(bias, features, "D");
+  check_alike(x, "weight", weight);
+  check_alike(x, "weight_inv", weight_inv);
+  check_alike(x, "bias", bias);
+}
+
+void check_conv2d(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_inv,
+    const OptionalTensor& bias, int64_t dilation, int64_t groups) {
+  check_floating(x);
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must have shape [B, C, H, W]; got ", x.sizes());
+  const int64_t channels = x.size(1);
+  TORCH_CHECK_VALUE(
+      x.size(2) >= 1 && x.size(3) >= 1, "x must have at least one pixel; got ", x.sizes());
+  TORCH_CHECK_VALUE(dilation >= 1, "dilation must be at least 1; got ", dilation);
+  TORCH_CHECK_VALUE(
+      groups >= 1 && channels % groups == 0, "groups must divide the channels C = ", channels,
+      "; got ", groups);
+  const std::initializer_list<std::pair<const char*, const at::Tensor&>> kernels = {
+      {"weight", weight}, {"weight_inv", weight_inv}};
+  for (const auto& [name, kernel] : kernels) {
+    TORCH_CHECK_VALUE(
+        kernel.dim() == 4 && kernel.size(0) == channels && kernel.size(1) * groups == channels,
+        name, " must have shape [C, C/groups, k, k] = [", channels, ", ", channels / groups,
+        ", k, k]; got ", kernel.sizes());
+    TORCH_CHECK_VALUE(
+        kernel.size(2) % 2 == 1 && kernel.size(3) % 2 == 1, name,
+        " must have an odd kernel size, so that the shape is kept (Squeeze changes the "
+        "resolution); got ",
+        kernel.sizes());
+  }
+  check_bias(bias, channels, "C");
+  check_alike(x, "weight", weight);
+  check_alike(x, "weight_inv", weight_inv);
+  check_alike(x, "bias", bias);
+}
+
+}  // namespace snf

@@ -1,0 +1,23 @@
+// Argument checks of the operators, in the same words as snf_ext/reference/checks.py.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <utility>
+
+namespace snf {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+void check_linear(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_inv,
+    const OptionalTensor& bias);
+
+void check_conv2d(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_inv,
+    const OptionalTensor& bias, int64_t dilation, int64_t groups);
+
+}  // namespace snf

@@ -1,0 +1,12 @@
+// The convolution kernels for any processor of the target architecture.
+#include "conv2d_kernel.h"
+
+#define SNF_ISA baseline
+#define SNF_VECTOR_BYTES 16
+#if defined(__aarch64__)
+#define SNF_ACCUMULATORS 24
+#else
+#define SNF_ACCUMULATORS 12
+#endif
+
+#include "conv2d_kernel.inl"

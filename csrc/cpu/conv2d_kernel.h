@@ -1,0 +1,101 @@
+// The fused convolution step on the CPU: what the instruction-set specific kernels take and give.
+// Knows no torch.
+//
+// Images are copied into padded planes, one a channel, so that a convolution is a sum of shifted
+// vectors: with rows `pitch` apart, output element t is the sum over taps of w[tap] * in[t + off].
+// A plane is computed as one flat run, whatever the image's width; what lands in the gaps between
+// rows is thrown away. Zero padding shares one gap between the end of a row and the start of the
+// next; circular padding needs two.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace snf {
+
+struct KernelSize {
+  int64_t rows, columns;
+  int64_t taps() const { return rows * columns; }
+};
+
+struct Conv2dShape {
+  int64_t channels, groups, height, width, dilation;
+  bool circular;
+  KernelSize weight, inverse;
+
+  int64_t per_group() const { return channels / groups; }
+  int64_t pixels() const { return height * width; }
+};
+
+// Layout of one channel's padded plane, the same for every buffer of a step.
+struct Plane {
+  explicit Plane(const Conv2dShape& shape);
+
+  int64_t halo_rows, halo_columns;
+  int64_t pitch;   // from one row to the next
+  int64_t lead;    // from the plane's start to its first pixel
+  int64_t length;  // of the flat run that is computed, a multiple of kAlign
+  int64_t size;    // of the whole plane, a multiple of kAlign
+
+  static constexpr int64_t kAlign = 16;  // elements; a multiple of every vector's lanes
+};
+
+// A kernel rearranged for the inner loop, as itself or flipped (for the transposed convolution).
+template <typename T>
+struct PackedKernel {
+  const T* values;
+  const int64_t* offsets;  // of each tap in a plane
+  int64_t taps;
+};
+
+template <typename T>
+struct Conv2dForward {
+  Conv2dShape shape;
+  Plane plane;
+  PackedKernel<T> weight, inverse;
+  const T* x;
+  const T* bias;  // may be null
+  T* z;
+  T* residual;
+  T* recon;  // one number an image
+};
+
+template <typename T>
+struct Conv2dBackward {
+  Conv2dShape shape;
+  Plane plane;
+  PackedKernel<T> weight_flipped, inverse_flipped;
+  const T* grad_z;
+  const T* grad_recon;  // may be null: no gradient through recon
+  const T* x;
+  const T* z;
+  const T* bias;  // may be null
+  const T* residual;
+  T* grad_x;  // may be null
+  bool want_weight, want_inverse;
+};
+
+// Scratch memory of one thread, kept between calls: fresh pages cost more than the arithmetic.
+template <typename T>
+T* workspace(int64_t elements);
+
+template <typename T>
+struct Conv2dKernels {
+  // Writes a kernel's values to `out` (as many) in the order of PackedKernel.
+  void (*pack)(
+      const Conv2dShape&, const Plane&, const T* kernel, int64_t taps, bool flipped, T* out);
+  // Images [begin, end).
+  void (*forward)(const Conv2dForward<T>&, int64_t begin, int64_t end);
+  // Adds the images' weight gradients to grad_weight and grad_inverse (shaped as the kernels).
+  void (*backward)(
+      const Conv2dBackward<T>&, int64_t begin, int64_t end, T* grad_weight, T* grad_inverse);
+};
+
+// The kernels for this processor.
+template <typename T>
+const Conv2dKernels<T>& conv2d_kernels();
+
+// Offsets of a kernel's taps in a plane.
+std::vector<int64_t> tap_offsets(const Conv2dShape& shape, const Plane& plane, KernelSize size);
+
+}  // namespace snf

@@ -1,0 +1,460 @@
+// Body of the convolution kernels, compiled once for each instruction set.
+//
+// Before including: SNF_ISA (namespace), SNF_VECTOR_BYTES, SNF_ACCUMULATORS (vectors kept in
+// registers by the inner loops), and the target pragma. No header may be included from here, so
+// that no inline function of another library is compiled for a processor that lacks the set.
+
+namespace snf {
+namespace SNF_ISA {
+
+template <typename T>
+struct Lanes {
+  typedef T Vector __attribute__((vector_size(SNF_VECTOR_BYTES)));
+  typedef T Unaligned __attribute__((vector_size(SNF_VECTOR_BYTES), aligned(alignof(T))));
+  static constexpr int64_t count = SNF_VECTOR_BYTES / sizeof(T);
+};
+
+constexpr int kMaxRun = SNF_ACCUMULATORS / 4;  // vectors along a plane
+constexpr int kMaxOutputs = 8;                 // output channels
+constexpr int kMaxTaps = 9;                    // (input channel, tap) pairs of a weight gradient
+
+template <typename T>
+inline typename Lanes<T>::Vector load(const T* p) {
+  return *reinterpret_cast<const typename Lanes<T>::Unaligned*>(p);
+}
+
+template <typename T>
+inline void store(T* p, typename Lanes<T>::Vector v) {
+  *reinterpret_cast<typename Lanes<T>::Unaligned*>(p) = v;
+}
+
+template <typename T>
+inline T sum_of_lanes(typename Lanes<T>::Vector v) {
+  alignas(64) T lanes[Lanes<T>::count];
+  *reinterpret_cast<typename Lanes<T>::Vector*>(lanes) = v;
+  for (int64_t half = Lanes<T>::count / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// Splits n into near-equal parts of at most `limit`.
+struct Parts {
+  int64_t count, small, larger;  // `larger` of them hold small + 1
+  Parts(int64_t n, int64_t limit)
+      : count((n + limit - 1) / limit), small(n / count), larger(n % count) {}
+  int64_t operator[](int64_t i) const { return small + (i < larger ? 1 : 0); }
+  int64_t largest() const { return small + (larger > 0 ? 1 : 0); }
+};
+
+inline int64_t run_limit() { return kMaxRun; }
+
+// Output channels that share the loaded inputs, so that outputs * run fills the registers.
+inline int64_t output_limit(int64_t run) {
+  const int64_t fit = SNF_ACCUMULATORS / run;
+  return fit < kMaxOutputs ? fit : kMaxOutputs;
+}
+
+template <typename T>
+inline Parts runs(const Plane& plane) {
+  return Parts(plane.length / Lanes<T>::count, run_limit());
+}
+
+template <typename T>
+inline Parts outputs(const Conv2dShape& shape, const Plane& plane) {
+  return Parts(shape.per_group(), output_limit(runs<T>(plane).largest()));
+}
+
+// Packed order: group, block of output channels, input channel, tap, output channel.
+template <typename T>
+void pack(
+    const Conv2dShape& shape, const Plane& plane, const T* kernel, int64_t taps, bool flipped,
+    T* out) {
+  const int64_t width = shape.per_group();
+  const Parts blocks = outputs<T>(shape, plane);
+  for (int64_t group = 0; group < shape.groups; ++group) {
+    const T* source = kernel + group * width * width * taps;
+    int64_t first = 0;
+    for (int64_t block = 0; block < blocks.count; first += blocks[block], ++block)
+      for (int64_t i = 0; i < width; ++i)
+        for (int64_t tap = 0; tap < taps; ++tap)
+          for (int64_t o = first; o < first + blocks[block]; ++o)
+            *out++ = flipped ? source[(i * width + o) * taps + taps - 1 - tap]
+                             : source[(o * width + i) * taps + tap];
+  }
+}
+
+// One block: kOutputs planes, kRun vectors of each, starting at scale * start (0 if null).
+template <typename T, int kOutputs, int kRun>
+void convolve_block(
+    const T* in, int64_t plane_size, int64_t inputs, const T* weight, const int64_t* offsets,
+    int64_t taps, const T* start, T scale, T* out) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int64_t lanes = Lanes<T>::count;
+  Vector sum[kOutputs][kRun];
+  for (int o = 0; o < kOutputs; ++o)
+    for (int t = 0; t < kRun; ++t)
+      sum[o][t] = start == nullptr ? Vector{} : scale * load(start + o * plane_size + t * lanes);
+  for (int64_t i = 0; i < inputs; ++i)
+    for (int64_t tap = 0; tap < taps; ++tap, weight += kOutputs) {
+      const T* source = in + i * plane_size + offsets[tap];
+      Vector value[kRun];
+      for (int t = 0; t < kRun; ++t) value[t] = load(source + t * lanes);
+      for (int o = 0; o < kOutputs; ++o)
+        for (int t = 0; t < kRun; ++t) sum[o][t] += weight[o] * value[t];
+    }
+  for (int o = 0; o < kOutputs; ++o)
+    for (int t = 0; t < kRun; ++t) store(out + o * plane_size + t * lanes, sum[o][t]);
+}
+
+template <typename T>
+using ConvolveBlock = decltype(&convolve_block<T, 1, 1>);
+
+template <typename T, int kRun>
+ConvolveBlock<T> convolve_block_of(int64_t outputs) {
+  switch (outputs) {
+    case 1: return convolve_block<T, 1, kRun>;
+    case 2: return convolve_block<T, 2, kRun>;
+    case 3: return convolve_block<T, 3, kRun>;
+    case 4: return convolve_block<T, 4, kRun>;
+    default: break;
+  }
+  if constexpr (5 * kRun <= SNF_ACCUMULATORS)
+    if (outputs == 5) return convolve_block<T, 5, kRun>;
+  if constexpr (6 * kRun <= SNF_ACCUMULATORS)
+    if (outputs == 6) return convolve_block<T, 6, kRun>;
+  if constexpr (7 * kRun <= SNF_ACCUMULATORS)
+    if (outputs == 7) return convolve_block<T, 7, kRun>;
+  if constexpr (8 * kRun <= SNF_ACCUMULATORS)
+    if (outputs == 8) return convolve_block<T, 8, kRun>;
+  __builtin_unreachable();
+}
+
+template <typename T>
+ConvolveBlock<T> convolve_block_of(int64_t outputs, int64_t run) {
+  switch (run) {
+    case 1: return convolve_block_of<T, 1>(outputs);
+    case 2: return convolve_block_of<T, 2>(outputs);
+    case 3: return convolve_block_of<T, 3>(outputs);
+    default: break;
+  }
+  if constexpr (kMaxRun > 3) {
+    if (run == 4) return convolve_block_of<T, 4>(outputs);
+    if (run == 5) return convolve_block_of<T, 5>(outputs);
+    if (run == 6) return convolve_block_of<T, 6>(outputs);
+  }
+  __builtin_unreachable();
+}
+
+// out = scale * start + kernel * in, on padded planes; `out` is left with garbage in its gaps.
+template <typename T>
+void convolve(
+    const Conv2dShape& shape, const Plane& plane, const PackedKernel<T>& kernel, const T* in,
+    const T* start, T scale, T* out) {
+  const int64_t width = shape.per_group(), taps = kernel.taps;
+  const Parts spans = runs<T>(plane), blocks = outputs<T>(shape, plane);
+  const T* weight = kernel.values;
+  for (int64_t group = 0; group < shape.groups; ++group) {
+    const int64_t base = group * width * plane.size + plane.lead;
+    int64_t first = 0;
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      const int64_t size = blocks[block];
+      int64_t t = 0;
+      for (int64_t span = 0; span < spans.count; ++span) {
+        const int64_t into = base + first * plane.size + t;
+        convolve_block_of<T>(size, spans[span])(
+            in + base + t, plane.size, width, weight, kernel.offsets, taps,
+            start == nullptr ? nullptr : start + into, scale, out + into);
+        t += spans[span] * Lanes<T>::count;
+      }
+      weight += width * taps * size;
+      first += size;
+    }
+  }
+}
+
+// One block of a weight gradient: kOutputs delta planes against kTaps shifted input planes, over
+// several images `stride` apart.
+template <typename T, int kOutputs, int kTaps>
+void correlate_block(
+    const T* delta, const T* in, int64_t images, int64_t stride, int64_t plane_size, int64_t length,
+    const int64_t* shifts, T* grad, int64_t grad_stride) {
+  using Vector = typename Lanes<T>::Vector;
+  Vector sum[kOutputs][kTaps];
+  for (int o = 0; o < kOutputs; ++o)
+    for (int j = 0; j < kTaps; ++j) sum[o][j] = Vector{};
+  for (int64_t image = 0; image < images; ++image, delta += stride, in += stride)
+    for (int64_t t = 0; t < length; t += Lanes<T>::count) {
+      Vector d[kOutputs];
+      for (int o = 0; o < kOutputs; ++o) d[o] = load(delta + o * plane_size + t);
+      for (int j = 0; j < kTaps; ++j) {
+        const Vector value = load(in + shifts[j] + t);
+        for (int o = 0; o < kOutputs; ++o) sum[o][j] += d[o] * value;
+      }
+    }
+  for (int o = 0; o < kOutputs; ++o)
+    for (int j = 0; j < kTaps; ++j) grad[o * grad_stride + j] += sum_of_lanes<T>(sum[o][j]);
+}
+
+template <typename T>
+using CorrelateBlock = decltype(&correlate_block<T, 1, 1>);
+
+template <typename T, int kOutputs>
+CorrelateBlock<T> correlate_block_of(int64_t taps) {
+  switch (taps) {
+    case 1: return correlate_block<T, kOutputs, 1>;
+    case 2: return correlate_block<T, kOutputs, 2>;
+    case 3: return correlate_block<T, kOutputs, 3>;
+    default: break;
+  }
+  if constexpr (4 * kOutputs <= SNF_ACCUMULATORS)
+    if (taps == 4) return correlate_block<T, kOutputs, 4>;
+  if constexpr (5 * kOutputs <= SNF_ACCUMULATORS)
+    if (taps == 5) return correlate_block<T, kOutputs, 5>;
+  if constexpr (6 * kOutputs <= SNF_ACCUMULATORS)
+    if (taps == 6) return correlate_block<T, kOutputs, 6>;
+  if constexpr (7 * kOutputs <= SNF_ACCUMULATORS)
+    if (taps == 7) return correlate_block<T, kOutputs, 7>;
+  if constexpr (8 * kOutputs <= SNF_ACCUMULATORS)
+    if (taps == 8) return correlate_block<T, kOutputs, 8>;
+  if constexpr (9 * kOutputs <= SNF_ACCUMULATORS)
+    if (taps == 9) return correlate_block<T, kOutputs, 9>;
+  __builtin_unreachable();
+}
+
+template <typename T>
+CorrelateBlock<T> correlate_block_of(int64_t outputs, int64_t taps) {
+  switch (outputs) {
+    case 1: return correlate_block_of<T, 1>(taps);
+    case 2: return correlate_block_of<T, 2>(taps);
+    case 3: return correlate_block_of<T, 3>(taps);
+    case 4: return correlate_block_of<T, 4>(taps);
+    default: __builtin_unreachable();
+  }
+}
+
+// grad += weight gradient of the images, of the kernel's shape (C, C/groups, taps).
+template <typename T>
+void correlate(
+    const Conv2dShape& shape, const Plane& plane, const PackedKernel<T>& kernel, const T* delta,
+    const T* in, int64_t images, T* grad) {
+  const int64_t taps = kernel.taps;
+  const int64_t* offsets = kernel.offsets;
+  const int64_t width = shape.per_group(), stride = shape.channels * plane.size;
+  const int64_t pairs = width * taps;
+  const Parts blocks(width, 4);
+  const int64_t fit = SNF_ACCUMULATORS / blocks.largest();
+  const Parts tap_blocks(pairs, fit < kMaxTaps ? fit : kMaxTaps);
+  for (int64_t group = 0; group < shape.groups; ++group) {
+    const int64_t base = group * width * plane.size + plane.lead;
+    int64_t pair = 0;
+    for (int64_t tap_block = 0; tap_block < tap_blocks.count; ++tap_block) {
+      const int64_t count = tap_blocks[tap_block];
+      int64_t shifts[kMaxTaps];
+      for (int64_t j = 0; j < count; ++j)
+        shifts[j] = (pair + j) / taps * plane.size + offsets[(pair + j) % taps];
+      int64_t o = 0;
+      for (int64_t block = 0; block < blocks.count; ++block) {
+        correlate_block_of<T>(blocks[block], count)(
+            delta + base + o * plane.size, in + base, images, stride, plane.size, plane.length,
+            shifts, grad + (group * width + o) * pairs + pair, pairs);
+        o += blocks[block];
+      }
+      pair += count;
+    }
+  }
+}
+
+// Gaps between rows and the rest of the computed run.
+template <typename T>
+void clear_gaps(const Conv2dShape& shape, const Plane& plane, T* planes) {
+  const int64_t used = shape.height * plane.pitch;
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    T* pixels = planes + c * plane.size + plane.lead;
+    if (plane.pitch > shape.width)
+      for (int64_t row = 0; row < shape.height; ++row)
+        for (int64_t i = shape.width; i < plane.pitch; ++i) pixels[row * plane.pitch + i] = T(0);
+    for (int64_t i = used; i < plane.length; ++i) pixels[i] = T(0);
+  }
+}
+
+inline int64_t wrap(int64_t i, int64_t extent) {
+  i %= extent;
+  return i < 0 ? i + extent : i;
+}
+
+// Makes planes fit to be convolved: zeros, or the wrapped image, all around the pixels.
+template <typename T>
+void fill_halo(const Conv2dShape& shape, const Plane& plane, T* planes) {
+  clear_gaps(shape, plane, planes);
+  if (!shape.circular) return;
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    T* pixels = planes + c * plane.size + plane.lead;
+    for (int64_t row = 0; row < shape.height; ++row)
+      for (int64_t i = 1; i <= plane.halo_columns; ++i) {
+        T* line = pixels + row * plane.pitch;
+        line[-i] = line[wrap(-i, shape.width)];
+        line[shape.width - 1 + i] = line[wrap(i - 1, shape.width)];
+      }
+    const int64_t line_size = shape.width + 2 * plane.halo_columns;
+    for (int64_t i = 1; i <= plane.halo_rows; ++i) {
+      T* above = pixels - i * plane.pitch - plane.halo_columns;
+      T* below = pixels + (shape.height - 1 + i) * plane.pitch - plane.halo_columns;
+      const T* from = pixels - plane.halo_columns;
+      const T* last = from + wrap(-i, shape.height) * plane.pitch;
+      const T* first = from + wrap(i - 1, shape.height) * plane.pitch;
+      for (int64_t j = 0; j < line_size; ++j) {
+        above[j] = last[j];
+        below[j] = first[j];
+      }
+    }
+  }
+}
+
+// planes = scale * image - shift[channel], with its halo.
+template <typename T>
+void load_image(
+    const Conv2dShape& shape, const Plane& plane, const T* image, T scale, const T* shift,
+    T* planes) {
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    const T minus = shift == nullptr ? T(0) : shift[c];
+    for (int64_t row = 0; row < shape.height; ++row, image += shape.width) {
+      T* line = planes + c * plane.size + plane.lead + row * plane.pitch;
+      for (int64_t i = 0; i < shape.width; ++i) line[i] = scale * image[i] - minus;
+    }
+  }
+  fill_halo(shape, plane, planes);
+}
+
+// image = planes + shift[channel].
+template <typename T>
+void store_image(
+    const Conv2dShape& shape, const Plane& plane, const T* planes, const T* shift, T* image) {
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    const T plus = shift == nullptr ? T(0) : shift[c];
+    for (int64_t row = 0; row < shape.height; ++row, image += shape.width) {
+      const T* line = planes + c * plane.size + plane.lead + row * plane.pitch;
+      for (int64_t i = 0; i < shape.width; ++i) image[i] = line[i] + plus;
+    }
+  }
+}
+
+template <typename T>
+T sum_of_squares(const T* values, int64_t count) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int64_t lanes = Lanes<T>::count;
+  Vector sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * lanes <= count; i += 4 * lanes)
+    for (int k = 0; k < 4; ++k) {
+      const Vector v = load(values + i + k * lanes);
+      sum[k] += v * v;
+    }
+  T total = sum_of_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; i < count; ++i) total += values[i] * values[i];
+  return total;
+}
+
+// Zeros around the computed run of each plane. Loading an image and clearing its gaps does the rest,
+// so this is needed once for a buffer.
+template <typename T>
+void clear_surroundings(const Plane& plane, T* planes, int64_t count) {
+  for (int64_t p = 0; p < count; ++p, planes += plane.size) {
+    for (int64_t i = 0; i < plane.lead; ++i) planes[i] = T(0);
+    for (int64_t i = plane.lead + plane.length; i < plane.size; ++i) planes[i] = T(0);
+  }
+}
+
+template <typename T>
+void forward(const Conv2dForward<T>& step, int64_t begin, int64_t end) {
+  const Conv2dShape& shape = step.shape;
+  const Plane& plane = step.plane;
+  const int64_t volume = shape.channels * plane.size, image_size = shape.channels * shape.pixels();
+  T* x = workspace<T>(3 * volume);
+  T *y = x + volume, *e = y + volume;
+  clear_surroundings(plane, x, 2 * shape.channels);
+  for (int64_t image = begin; image < end; ++image) {
+    const int64_t at = image * image_size;
+    load_image<T>(shape, plane, step.x + at, T(1), nullptr, x);
+    convolve<T>(shape, plane, step.weight, x, nullptr, T(0), y);
+    fill_halo(shape, plane, y);
+    store_image(shape, plane, y, step.bias, step.z + at);
+    convolve<T>(shape, plane, step.inverse, y, x, T(-1), e);
+    store_image<T>(shape, plane, e, nullptr, step.residual + at);
+    step.recon[image] = sum_of_squares(step.residual + at, image_size);
+  }
+}
+
+// Images whose weight gradients are taken together, so that the sum over lanes at the end of an
+// inner loop is small beside it, while all their planes stay in the second-level cache.
+template <typename T>
+int64_t images_together(const Plane& plane, int64_t volume, int64_t most) {
+  const int64_t vectors = plane.length / Lanes<T>::count;
+  const int64_t wanted = (64 + vectors - 1) / vectors;
+  const int64_t fit = (512 << 10) / (4 * volume * static_cast<int64_t>(sizeof(T)));
+  int64_t n = wanted < fit ? wanted : fit;
+  n = n < most ? n : most;
+  return n < 1 ? 1 : n;
+}
+
+template <typename T>
+void backward(
+    const Conv2dBackward<T>& step, int64_t begin, int64_t end, T* grad_weight, T* grad_inverse) {
+  const Conv2dShape& shape = step.shape;
+  const Plane& plane = step.plane;
+  const int64_t volume = shape.channels * plane.size, image_size = shape.channels * shape.pixels();
+  const int64_t together = images_together<T>(plane, volume, end - begin);
+  const bool want_dx = step.grad_x != nullptr || step.want_inverse;
+  const bool penalty = step.grad_recon != nullptr;
+
+  const int64_t buffers = 3 + 4 * together;
+  T* dz = workspace<T>(buffers * volume);
+  T *pull = dz + volume, *x = pull + volume, *y = x + together * volume;
+  T *delta_w = y + together * volume, *delta_r = delta_w + together * volume;
+  T* dx = delta_r + together * volume;
+  clear_surroundings(plane, dz, (2 + 2 * together) * shape.channels);
+
+  for (int64_t first = begin; first < end; first += together) {
+    const int64_t images = end - first < together ? end - first : together;
+    for (int64_t k = 0; k < images; ++k) {
+      const int64_t image = first + k, at = image * image_size;
+      T *own_w = delta_w + k * volume, *own_r = delta_r + k * volume;
+      load_image<T>(shape, plane, step.grad_z + at, T(1), nullptr, dz);
+      if (penalty)
+        load_image<T>(
+            shape, plane, step.residual + at, T(2) * step.grad_recon[image], nullptr, pull);
+      if (want_dx) {
+        convolve<T>(shape, plane, step.weight_flipped, dz, nullptr, T(0), dx);
+        if (step.grad_x != nullptr) store_image<T>(shape, plane, dx, nullptr, step.grad_x + at);
+      }
+      if (step.want_weight) {
+        if (penalty)
+          convolve<T>(shape, plane, step.inverse_flipped, pull, dz, T(0.5), own_w);
+        else
+          for (int64_t i = 0; i < volume; ++i) own_w[i] = T(0.5) * dz[i];
+        clear_gaps(shape, plane, own_w);
+        load_image<T>(shape, plane, step.x + at, T(1), nullptr, x + k * volume);
+      }
+      if (step.want_inverse) {
+        if (penalty)
+          for (int64_t i = 0; i < volume; ++i) own_r[i] = pull[i] - T(0.5) * dx[i];
+        else
+          for (int64_t i = 0; i < volume; ++i) own_r[i] = T(-0.5) * dx[i];
+        clear_gaps(shape, plane, own_r);
+        load_image<T>(shape, plane, step.z + at, T(1), step.bias, y + k * volume);
+      }
+    }
+    if (step.want_weight)
+      correlate<T>(
+          shape, plane, step.weight_flipped, delta_w, x, images, grad_weight);
+    if (step.want_inverse)
+      correlate<T>(
+          shape, plane, step.inverse_flipped, delta_r, y, images, grad_inverse);
+  }
+}
+
+extern const Conv2dKernels<float> conv2d_float = {pack<float>, forward<float>, backward<float>};
+extern const Conv2dKernels<double> conv2d_double = {
+    pack<double>, forward<double>, backward<double>};
+
+}  // namespace SNF_ISA
+}  // namespace snf

@@ -1,0 +1,128 @@
+// snf_linear on the CPU: six matrix products and a few passes over the batch.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+
+#include "../check.h"
+#include "precision.h"
+
+namespace snf {
+namespace {
+
+using at::Tensor;
+
+Tensor rows(const Tensor& t, int64_t features) { return wide(t).view({-1, features}); }
+
+template <typename T>
+void row_sums_of_squares(const Tensor& values, Tensor& sums) {
+  const int64_t columns = values.size(1);
+  const T* in = values.const_data_ptr<T>();
+  T* out = sums.mutable_data_ptr<T>();
+  at::parallel_for(0, values.size(0), 1 + (1 << 15) / columns, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* v = in + row * columns;
+      T lanes[16] = {};
+      int64_t i = 0;
+      for (; i + 16 <= columns; i += 16)
+        for (int k = 0; k < 16; ++k) lanes[k] += v[i + k] * v[i + k];
+      for (; i < columns; ++i) lanes[i % 16] += v[i] * v[i];
+      T sum = 0;
+      for (const T lane : lanes) sum += lane;
+      out[row] = sum;
+    }
+  });
+}
+
+// out = scale * in', in square tiles that fit the first-level cache.
+template <typename T>
+void scaled_transpose(const T* in, int64_t features, int64_t begin, int64_t end, T scale, T* out) {
+  constexpr int64_t kTile = 16;
+  at::parallel_for(begin, end, 64, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i += kTile)
+      for (int64_t j = 0; j < features; j += kTile) {
+        const int64_t rows = std::min(kTile, last - i), columns = std::min(kTile, features - j);
+        for (int64_t a = 0; a < rows; ++a)
+          for (int64_t b = 0; b < columns; ++b)
+            out[(i + a) * features + j + b] = scale * in[(j + b) * features + i + a];
+      }
+  });
+}
+
+// delta' x + scale * other', the accumulator laid down a panel of rows at a time, so that the
+// product finds it in the cache.
+Tensor weight_gradient(const Tensor& delta, const Tensor& x, double scale, const Tensor& other) {
+  const int64_t features = x.size(1);
+  if (scale == 0.0) return at::mm(delta.t(), x);
+  Tensor grad = at::empty({features, features}, x.options());
+  const int64_t panel = std::max<int64_t>(64, (4 << 20) / (features * x.element_size()) / 64 * 64);
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "snf_linear_backward", [&] {
+    const scalar_t* in = other.const_data_ptr<scalar_t>();
+    scalar_t* out = grad.mutable_data_ptr<scalar_t>();
+    for (int64_t begin = 0; begin < features; begin += panel) {
+      const int64_t end = std::min(features, begin + panel);
+      scaled_transpose<scalar_t>(in, features, begin, end, static_cast<scalar_t>(scale), out);
+      grad.narrow(0, begin, end - begin)
+          .addmm_(delta.narrow(1, begin, end - begin).t(), x);
+    }
+  });
+  return grad;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(
+    const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias) {
+  check_linear(x, weight, weight_inv, bias);
+  const Tensor flat = rows(x, weight.size(0));
+  Tensor z = at::mm(flat, wide(weight).t());
+  Tensor residual = at::addmm(flat, z, wide(weight_inv).t(), /*beta=*/-1);
+  Tensor recon = at::empty({flat.size(0)}, flat.options());
+  if (bias) z.add_(*bias);
+  AT_DISPATCH_FLOATING_TYPES(flat.scalar_type(), "snf_linear_forward", [&] {
+    row_sums_of_squares<scalar_t>(residual, recon);
+  });
+  return {
+      z.to(x.scalar_type()).view(x.sizes()), recon.view(x.sizes().slice(0, x.dim() - 1)),
+      residual.view(x.sizes())};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_z, const OptionalTensor& grad_log_det, const OptionalTensor& grad_recon,
+    const Tensor& x, const Tensor& z, const Tensor& residual, const Tensor& weight,
+    const Tensor& weight_inv, const OptionalTensor& bias, std::array<bool, 4> mask) {
+  const int64_t features = weight.size(0);
+  const Tensor dz = rows(grad_z, features), flat = rows(x, features);
+  const Tensor w = wide(weight), r = wide(weight_inv);
+  const double half_total = 0.5 * total(grad_log_det);
+  const auto type = x.scalar_type();
+  Tensor dx, pull, dw, dr, dc;
+  if (grad_recon)
+    pull = residual.view({-1, features}) *
+           per_sample(grad_recon, flat.scalar_type())->mul(2).unsqueeze(1);
+  if (mask[0] || mask[2]) dx = at::mm(dz, w);
+  if (mask[1]) {
+    const Tensor delta = pull.defined() ? at::addmm(dz, pull, r, /*beta=*/0.5) : dz * 0.5;
+    dw = weight_gradient(delta, flat, half_total, r).to(type);
+  }
+  if (mask[2]) {
+    const Tensor delta = pull.defined() ? pull.sub_(dx, /*alpha=*/0.5) : dx * -0.5;
+    const Tensor y = bias ? rows(z, features) - wide(*bias) : rows(z, features);
+    dr = weight_gradient(delta, y, -half_total, w).to(type);
+  }
+  if (mask[3]) dc = dz.sum(0).to(type);
+  const Tensor none = at::empty({0}, x.options());
+  return {
+      mask[0] ? dx.to(type).view(x.sizes()) : none, mask[1] ? dw : none, mask[2] ? dr : none,
+      mask[3] ? dc : none};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(snf_ext, CPU, m) {
+  m.impl("snf_linear_forward", forward);
+  m.impl("snf_linear_backward", backward);
+}
+
+}  // namespace snf

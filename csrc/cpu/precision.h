@@ -1,0 +1,30 @@
+// Half precisions are computed in float32 on the CPU.
+#pragma once
+
+#include "../check.h"
+
+namespace snf {
+
+inline at::ScalarType wide_type(at::ScalarType type) {
+  return type == at::kBFloat16 || type == at::kHalf ? at::kFloat : type;
+}
+
+inline at::Tensor wide(const at::Tensor& t) {
+  return t.to(wide_type(t.scalar_type())).contiguous();
+}
+
+inline OptionalTensor wide(const OptionalTensor& t) {
+  return t ? OptionalTensor(wide(*t)) : std::nullopt;
+}
+
+// A tensor of one number a sample, in a layer's wide type; empty stays empty.
+inline OptionalTensor per_sample(const OptionalTensor& t, at::ScalarType type) {
+  return t ? OptionalTensor(t->to(type).contiguous().flatten()) : std::nullopt;
+}
+
+// Sum over the batch of the gradients of log_det.
+inline double total(const OptionalTensor& grad_log_det) {
+  return grad_log_det ? grad_log_det->sum(at::kDouble).item<double>() : 0.0;
+}
+
+}  // namespace snf
