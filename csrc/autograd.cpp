@@ -72,7 +72,7 @@ OptionalTensor if_defined(const Tensor& t) { return t.defined() ? OptionalTensor
 template <typename Layer, typename... Geometry>
 struct Backward : torch::autograd::Function<Backward<Layer, Geometry...>> {
   static variable_list forward(
-      AutogradContext* ctx, const Tensor& grad_z, const OptionalTensor& grad_log_det,
+      AutogradContext*, const Tensor& grad_z, const OptionalTensor& grad_log_det,
       const OptionalTensor& grad_recon, const Tensor& x, const Tensor& z, const Tensor& residual,
       const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
       std::tuple<Geometry...> geometry, std::array<bool, 4> mask) {
@@ -100,8 +100,7 @@ struct Forward : torch::autograd::Function<Forward<Layer, Geometry...>> {
     auto [z, recon, residual] =
         forward_op<Layer, Geometry...>(x, weight, weight_inv, bias, geometry...);
     ctx->save_for_backward({x, z, residual, weight, weight_inv, bias.value_or(Tensor())});
-    int index = 0;
-    ((ctx->saved_data[std::to_string(index++)] = geometry), ...);
+    ctx->saved_data["geometry"] = c10::IValue(std::make_tuple(geometry...));
     ctx->set_materialize_grads(false);
     return {z, at::zeros_like(recon), recon};
   }
@@ -114,9 +113,7 @@ struct Forward : torch::autograd::Function<Forward<Layer, Geometry...>> {
         ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
         bias.has_value() && ctx->needs_input_grad(3)};
     const Tensor grad_z = grads[0].defined() ? grads[0] : at::zeros_like(z);
-    int index = 0;
-    const std::tuple<Geometry...> geometry{
-        ctx->saved_data[std::to_string(index++)].template to<Geometry>()...};
+    const auto geometry = ctx->saved_data["geometry"].to<std::tuple<Geometry...>>();
     const variable_list out = Backward<Layer, Geometry...>::apply(
         grad_z, if_defined(grads[1]), if_defined(grads[2]), x, z, residual, saved[3], saved[4],
         bias, geometry, mask);

@@ -30,11 +30,10 @@ Conv2dShape shape_of(
 template <typename T>
 struct Packed {
   Packed(
-      const Conv2dShape& shape, const Plane& plane, const Tensor& kernel, KernelSize size,
-      bool flipped)
-      : values(kernel.numel()), offsets(tap_offsets(shape, plane, size)) {
-    conv2d_kernels<T>().pack(
-        shape, plane, kernel.const_data_ptr<T>(), size.taps(), flipped, values.data());
+      const Conv2dPath<T>& path, const Conv2dShape& shape, const Plane& plane,
+      const Tensor& kernel, KernelSize size, bool flipped)
+      : values(path.packed_size(shape, size.taps())), offsets(tap_offsets(shape, plane, size)) {
+    path.pack(shape, plane, kernel.const_data_ptr<T>(), size.taps(), flipped, values.data());
   }
   PackedKernel<T> view() const {
     return {values.data(), offsets.data(), static_cast<int64_t>(offsets.size())};
@@ -62,14 +61,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   const Conv2dShape shape = shape_of(x, weight, weight_inv, dilation, groups, circular);
   AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "snf_conv2d_forward", [&] {
     const Plane plane(shape);
-    const Packed<scalar_t> packed_w(shape, plane, w, shape.weight, false);
-    const Packed<scalar_t> packed_r(shape, plane, r, shape.inverse, false);
+    const Conv2dPath<scalar_t>& path = conv2d_path<scalar_t>(shape, plane);
+    const Packed<scalar_t> packed_w(path, shape, plane, w, shape.weight, false);
+    const Packed<scalar_t> packed_r(path, shape, plane, r, shape.inverse, false);
     const Conv2dForward<scalar_t> step = {
         shape, plane, packed_w.view(), packed_r.view(), in.const_data_ptr<scalar_t>(),
         data_or_null<scalar_t>(c), z.mutable_data_ptr<scalar_t>(),
         residual.mutable_data_ptr<scalar_t>(), recon.mutable_data_ptr<scalar_t>()};
-    const auto run = conv2d_kernels<scalar_t>().forward;
-    at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) { run(step, begin, end); });
+    at::parallel_for(
+        0, batch, 1, [&](int64_t begin, int64_t end) { path.forward(step, begin, end); });
   });
   return {z.to(x.scalar_type()), recon, residual};
 }
@@ -137,20 +137,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   if (mask[0] || mask[1] || mask[2])
     AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "snf_conv2d_backward", [&] {
       const Plane plane(shape);
-      const Packed<scalar_t> packed_w(shape, plane, w, shape.weight, true);
-      const Packed<scalar_t> packed_r(shape, plane, r, shape.inverse, true);
+      const Conv2dPath<scalar_t>& path = conv2d_path<scalar_t>(shape, plane);
+      const Packed<scalar_t> packed_w(path, shape, plane, w, shape.weight, true);
+      const Packed<scalar_t> packed_r(path, shape, plane, r, shape.inverse, true);
       const Conv2dBackward<scalar_t> step = {
           shape, plane, packed_w.view(), packed_r.view(), dz.const_data_ptr<scalar_t>(),
           data_or_null<scalar_t>(q), in.const_data_ptr<scalar_t>(), out.const_data_ptr<scalar_t>(),
           data_or_null<scalar_t>(c), residual.const_data_ptr<scalar_t>(),
           mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, mask[1], mask[2]};
-      const auto run = conv2d_kernels<scalar_t>().backward;
       const int64_t size = dw.numel() + dr.numel(), parts = part_count(batch, w.numel() + r.numel());
       std::vector<scalar_t> sums(parts * size);
       at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
         for (int64_t part = begin; part < end; ++part) {
           scalar_t* own = sums.data() + part * size;
-          run(step, batch * part / parts, batch * (part + 1) / parts, own, own + dw.numel());
+          path.backward(step, batch * part / parts, batch * (part + 1) / parts, own, own + dw.numel());
         }
       });
       scalar_t* grad_w = dw.mutable_data_ptr<scalar_t>();

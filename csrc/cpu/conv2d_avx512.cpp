@@ -9,12 +9,18 @@
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))), apply_to = function)
-#include "conv2d_kernel.inl"
+#include "conv2d_vector.inl"
+#include "conv2d_pixels.inl"
+#include "conv2d_channels.inl"
+#include "conv2d_choose.inl"
 #pragma clang attribute pop
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,prefer-vector-width=512")
-#include "conv2d_kernel.inl"
+#include "conv2d_vector.inl"
+#include "conv2d_pixels.inl"
+#include "conv2d_channels.inl"
+#include "conv2d_choose.inl"
 #pragma GCC pop_options
 #endif
 

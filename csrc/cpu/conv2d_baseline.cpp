@@ -9,4 +9,7 @@
 #define SNF_ACCUMULATORS 12
 #endif
 
-#include "conv2d_kernel.inl"
+#include "conv2d_vector.inl"
+#include "conv2d_pixels.inl"
+#include "conv2d_channels.inl"
+#include "conv2d_choose.inl"

@@ -59,49 +59,36 @@ T* workspace(int64_t elements) {
 template float* workspace<float>(int64_t);
 template double* workspace<double>(int64_t);
 
-namespace baseline {
-extern const Conv2dKernels<float> conv2d_float;
-extern const Conv2dKernels<double> conv2d_double;
-}  // namespace baseline
+#define SNF_DECLARE(isa)                                                             \
+  namespace isa {                                                                    \
+  const Conv2dPath<float>& choose_float(const Conv2dShape& shape, const Plane& plane);   \
+  const Conv2dPath<double>& choose_double(const Conv2dShape& shape, const Plane& plane); \
+  }
+
+SNF_DECLARE(baseline)
 #if defined(__x86_64__)
-namespace avx2 {
-extern const Conv2dKernels<float> conv2d_float;
-extern const Conv2dKernels<double> conv2d_double;
-}  // namespace avx2
-namespace avx512 {
-extern const Conv2dKernels<float> conv2d_float;
-extern const Conv2dKernels<double> conv2d_double;
-}  // namespace avx512
+SNF_DECLARE(avx2)
+SNF_DECLARE(avx512)
 #endif
 
 template <>
-const Conv2dKernels<float>& conv2d_kernels<float>() {
+const Conv2dPath<float>& conv2d_path<float>(const Conv2dShape& shape, const Plane& plane) {
 #if defined(__x86_64__)
-  switch (cpu_capability_level()) {
-    case CpuCapability::avx512:
-      return avx512::conv2d_float;
-    case CpuCapability::avx2:
-      return avx2::conv2d_float;
-    case CpuCapability::baseline:
-      break;
-  }
+  const CpuCapability level = cpu_capability_level();
+  if (level == CpuCapability::avx512) return avx512::choose_float(shape, plane);
+  if (level == CpuCapability::avx2) return avx2::choose_float(shape, plane);
 #endif
-  return baseline::conv2d_float;
+  return baseline::choose_float(shape, plane);
 }
 
 template <>
-const Conv2dKernels<double>& conv2d_kernels<double>() {
+const Conv2dPath<double>& conv2d_path<double>(const Conv2dShape& shape, const Plane& plane) {
 #if defined(__x86_64__)
-  switch (cpu_capability_level()) {
-    case CpuCapability::avx512:
-      return avx512::conv2d_double;
-    case CpuCapability::avx2:
-      return avx2::conv2d_double;
-    case CpuCapability::baseline:
-      break;
-  }
+  const CpuCapability level = cpu_capability_level();
+  if (level == CpuCapability::avx512) return avx512::choose_double(shape, plane);
+  if (level == CpuCapability::avx2) return avx2::choose_double(shape, plane);
 #endif
-  return baseline::conv2d_double;
+  return baseline::choose_double(shape, plane);
 }
 
 }  // namespace snf

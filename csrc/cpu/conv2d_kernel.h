@@ -1,11 +1,11 @@
 // The fused convolution step on the CPU: what the instruction-set specific kernels take and give.
 // Knows no torch.
 //
-// Images are copied into padded planes, one a channel, so that a convolution is a sum of shifted
-// vectors: with rows `pitch` apart, output element t is the sum over taps of w[tap] * in[t + off].
-// A plane is computed as one flat run, whatever the image's width; what lands in the gaps between
-// rows is thrown away. Zero padding shares one gap between the end of a row and the start of the
-// next; circular padding needs two.
+// Images are copied into padded planes, so that a tap of a kernel is a fixed distance in memory.
+// Zero padding shares one gap between the end of a row and the start of the next; circular padding
+// needs two. Two families of kernels do the arithmetic: conv2d_pixels.inl keeps a plane for each
+// channel and has vectors along the pixels, conv2d_channels.inl keeps one plane whose pixels are
+// vectors of channels.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ struct Conv2dShape {
   int64_t pixels() const { return height * width; }
 };
 
-// Layout of one channel's padded plane, the same for every buffer of a step.
+// Layout of a padded plane in pixels, the same for every buffer of a step.
 struct Plane {
   explicit Plane(const Conv2dShape& shape);
 
@@ -37,7 +37,7 @@ struct Plane {
   int64_t length;  // of the flat run that is computed, a multiple of kAlign
   int64_t size;    // of the whole plane, a multiple of kAlign
 
-  static constexpr int64_t kAlign = 16;  // elements; a multiple of every vector's lanes
+  static constexpr int64_t kAlign = 16;  // a multiple of every vector's lanes
 };
 
 // A kernel rearranged for the inner loop, as itself or flipped (for the transposed convolution).
@@ -79,9 +79,11 @@ struct Conv2dBackward {
 template <typename T>
 T* workspace(int64_t elements);
 
+// One family of kernels.
 template <typename T>
-struct Conv2dKernels {
-  // Writes a kernel's values to `out` (as many) in the order of PackedKernel.
+struct Conv2dPath {
+  // Numbers that a packed kernel takes.
+  int64_t (*packed_size)(const Conv2dShape&, int64_t taps);
   void (*pack)(
       const Conv2dShape&, const Plane&, const T* kernel, int64_t taps, bool flipped, T* out);
   // Images [begin, end).
@@ -91,9 +93,9 @@ struct Conv2dKernels {
       const Conv2dBackward<T>&, int64_t begin, int64_t end, T* grad_weight, T* grad_inverse);
 };
 
-// The kernels for this processor.
+// The family that suits a shape on this processor.
 template <typename T>
-const Conv2dKernels<T>& conv2d_kernels();
+const Conv2dPath<T>& conv2d_path(const Conv2dShape& shape, const Plane& plane);
 
 // Offsets of a kernel's taps in a plane.
 std::vector<int64_t> tap_offsets(const Conv2dShape& shape, const Plane& plane, KernelSize size);

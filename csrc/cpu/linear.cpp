@@ -112,10 +112,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     dr = weight_gradient(delta, y, -half_total, w).to(type);
   }
   if (mask[3]) dc = dz.sum(0).to(type);
-  const Tensor none = at::empty({0}, x.options());
-  return {
-      mask[0] ? dx.to(type).view(x.sizes()) : none, mask[1] ? dw : none, mask[2] ? dr : none,
-      mask[3] ? dc : none};
+  if (mask[0]) dx = dx.to(type).view(x.sizes());
+  // What was not asked for has no elements; outputs of an operator may not share memory.
+  const auto output = [&](bool wanted, const Tensor& t) {
+    return wanted ? t : at::empty({0}, x.options());
+  };
+  return {output(mask[0], dx), output(mask[1], dw), output(mask[2], dr), output(mask[3], dc)};
 }
 
 }  // namespace

@@ -1,50 +1,16 @@
-// Body of the convolution kernels, compiled once for each instruction set.
+// Convolutions with vectors along the pixels: for few channels, and for 1x1 kernels.
 //
-// Before including: SNF_ISA (namespace), SNF_VECTOR_BYTES, SNF_ACCUMULATORS (vectors kept in
-// registers by the inner loops), and the target pragma. No header may be included from here, so
-// that no inline function of another library is compiled for a processor that lacks the set.
+// Each channel is a padded plane. A tap shifts a plane, so an output vector is a sum of unaligned
+// input vectors, each shared by several output channels. A plane is computed as one flat run,
+// whatever the image's width; what lands in the gaps between rows is thrown away.
 
 namespace snf {
 namespace SNF_ISA {
-
-template <typename T>
-struct Lanes {
-  typedef T Vector __attribute__((vector_size(SNF_VECTOR_BYTES)));
-  typedef T Unaligned __attribute__((vector_size(SNF_VECTOR_BYTES), aligned(alignof(T))));
-  static constexpr int64_t count = SNF_VECTOR_BYTES / sizeof(T);
-};
+namespace pixels {
 
 constexpr int kMaxRun = SNF_ACCUMULATORS / 4;  // vectors along a plane
 constexpr int kMaxOutputs = 8;                 // output channels
 constexpr int kMaxTaps = 9;                    // (input channel, tap) pairs of a weight gradient
-
-template <typename T>
-inline typename Lanes<T>::Vector load(const T* p) {
-  return *reinterpret_cast<const typename Lanes<T>::Unaligned*>(p);
-}
-
-template <typename T>
-inline void store(T* p, typename Lanes<T>::Vector v) {
-  *reinterpret_cast<typename Lanes<T>::Unaligned*>(p) = v;
-}
-
-template <typename T>
-inline T sum_of_lanes(typename Lanes<T>::Vector v) {
-  alignas(64) T lanes[Lanes<T>::count];
-  *reinterpret_cast<typename Lanes<T>::Vector*>(lanes) = v;
-  for (int64_t half = Lanes<T>::count / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
-// Splits n into near-equal parts of at most `limit`.
-struct Parts {
-  int64_t count, small, larger;  // `larger` of them hold small + 1
-  Parts(int64_t n, int64_t limit)
-      : count((n + limit - 1) / limit), small(n / count), larger(n % count) {}
-  int64_t operator[](int64_t i) const { return small + (i < larger ? 1 : 0); }
-  int64_t largest() const { return small + (larger > 0 ? 1 : 0); }
-};
 
 inline int64_t run_limit() { return kMaxRun; }
 
@@ -277,11 +243,6 @@ void clear_gaps(const Conv2dShape& shape, const Plane& plane, T* planes) {
   }
 }
 
-inline int64_t wrap(int64_t i, int64_t extent) {
-  i %= extent;
-  return i < 0 ? i + extent : i;
-}
-
 // Makes planes fit to be convolved: zeros, or the wrapped image, all around the pixels.
 template <typename T>
 void fill_halo(const Conv2dShape& shape, const Plane& plane, T* planes) {
@@ -336,22 +297,6 @@ void store_image(
       for (int64_t i = 0; i < shape.width; ++i) image[i] = line[i] + plus;
     }
   }
-}
-
-template <typename T>
-T sum_of_squares(const T* values, int64_t count) {
-  using Vector = typename Lanes<T>::Vector;
-  constexpr int64_t lanes = Lanes<T>::count;
-  Vector sum[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * lanes <= count; i += 4 * lanes)
-    for (int k = 0; k < 4; ++k) {
-      const Vector v = load(values + i + k * lanes);
-      sum[k] += v * v;
-    }
-  T total = sum_of_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  for (; i < count; ++i) total += values[i] * values[i];
-  return total;
 }
 
 // Zeros around the computed run of each plane. Loading an image and clearing its gaps does the rest,
@@ -452,9 +397,14 @@ void backward(
   }
 }
 
-extern const Conv2dKernels<float> conv2d_float = {pack<float>, forward<float>, backward<float>};
-extern const Conv2dKernels<double> conv2d_double = {
-    pack<double>, forward<double>, backward<double>};
+template <typename T>
+int64_t packed_size(const Conv2dShape& shape, int64_t taps) {
+  return shape.channels * shape.per_group() * taps;
+}
 
+template <typename T>
+constexpr Conv2dPath<T> path = {packed_size<T>, pack<T>, forward<T>, backward<T>};
+
+}  // namespace pixels
 }  // namespace SNF_ISA
 }  // namespace snf

@@ -1,0 +1,337 @@
+// Convolutions with vectors along the channels: for many channels on small images.
+//
+// A padded plane holds, for each pixel, all channels of one group, filled up with zeros to whole
+// vectors. An output pixel is a sum over taps and input channels of one input number times a vector
+// of weights, which several pixels share; a weight gradient is the same with pixels summed over.
+// Groups are independent convolutions, done one after the other.
+
+namespace snf {
+namespace SNF_ISA {
+namespace channels {
+
+constexpr int kMaxVectors = 4;  // of one group's channels
+
+template <typename T>
+inline int64_t vector_count(const Conv2dShape& shape) {
+  return (shape.per_group() + Lanes<T>::count - 1) / Lanes<T>::count;
+}
+
+template <typename T>
+inline int64_t padded_channels(const Conv2dShape& shape) {
+  return vector_count<T>(shape) * Lanes<T>::count;
+}
+
+template <typename T>
+int64_t packed_size(const Conv2dShape& shape, int64_t taps) {
+  return shape.channels * padded_channels<T>(shape) * taps;
+}
+
+// Packed order: group, tap, input channel, output channel (padded).
+template <typename T>
+void pack(
+    const Conv2dShape& shape, const Plane&, const T* kernel, int64_t taps, bool flipped, T* out) {
+  const int64_t width = shape.per_group(), padded = padded_channels<T>(shape);
+  for (int64_t group = 0; group < shape.groups; ++group, kernel += width * width * taps)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t i = 0; i < width; ++i)
+        for (int64_t o = 0; o < padded; ++o)
+          *out++ = o >= width  ? T(0)
+                   : flipped ? kernel[(i * width + o) * taps + taps - 1 - tap]
+                             : kernel[(o * width + i) * taps + tap];
+}
+
+// kPixels neighbours of one row: out = scale * start + sum of taps; start may be null for 0.
+template <typename T, int kVectors, int kPixels>
+void convolve_block(
+    const T* in, int64_t inputs, const T* weight, const int64_t* offsets, int64_t taps,
+    const T* start, T scale, T* out) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int64_t lanes = Lanes<T>::count, padded = kVectors * lanes;
+  Vector sum[kPixels][kVectors];
+  for (int p = 0; p < kPixels; ++p)
+    for (int v = 0; v < kVectors; ++v)
+      sum[p][v] = start == nullptr ? Vector{} : scale * load(start + p * padded + v * lanes);
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const T* source = in + offsets[tap] * padded;
+    for (int64_t i = 0; i < inputs; ++i, weight += padded) {
+      Vector w[kVectors];
+      for (int v = 0; v < kVectors; ++v) w[v] = load(weight + v * lanes);
+      for (int p = 0; p < kPixels; ++p) {
+        const T value = source[p * padded + i];
+        for (int v = 0; v < kVectors; ++v) sum[p][v] += value * w[v];
+      }
+    }
+  }
+  for (int p = 0; p < kPixels; ++p)
+    for (int v = 0; v < kVectors; ++v) store(out + p * padded + v * lanes, sum[p][v]);
+}
+
+template <typename T>
+using ConvolveBlock = decltype(&convolve_block<T, 1, 1>);
+
+template <int kVectors>
+constexpr int kMaxPixels = SNF_ACCUMULATORS / kVectors;
+
+// The block of `pixels` (1 to kMaxPixels) neighbours.
+template <typename T, int kVectors, int kPixels = kMaxPixels<kVectors>>
+ConvolveBlock<T> convolve_block_of(int64_t pixels) {
+  if constexpr (kPixels > 1)
+    if (pixels < kPixels) return convolve_block_of<T, kVectors, kPixels - 1>(pixels);
+  return convolve_block<T, kVectors, kPixels>;
+}
+
+// out = scale * start + kernel * in, on the pixels of padded planes.
+template <typename T, int kVectors>
+void convolve(
+    const Conv2dShape& shape, const Plane& plane, const T* weight, const PackedKernel<T>& kernel,
+    const T* in, const T* start, T scale, T* out) {
+  constexpr int64_t padded = kVectors * Lanes<T>::count;
+  const Parts spans(shape.width, kMaxPixels<kVectors>);
+  int64_t column = 0;
+  for (int64_t span = 0; span < spans.count; ++span) {
+    const ConvolveBlock<T> block = convolve_block_of<T, kVectors>(spans[span]);
+    for (int64_t row = 0; row < shape.height; ++row) {
+      const int64_t at = (plane.lead + row * plane.pitch + column) * padded;
+      block(
+          in + at, shape.per_group(), weight, kernel.offsets, kernel.taps,
+          start == nullptr ? nullptr : start + at, scale, out + at);
+    }
+    column += spans[span];
+  }
+}
+
+// Input channels whose gradients are kept in registers together: a power of two.
+template <int kVectors>
+constexpr int inputs_together() {
+  int n = 1;
+  while (2 * n * kVectors <= SNF_ACCUMULATORS && n < 16) n *= 2;
+  return n;
+}
+
+template <typename T, int kVectors>
+inline int64_t gradient_size(const Conv2dShape& shape, int64_t taps) {
+  constexpr int64_t step = inputs_together<kVectors>();
+  const int64_t inputs = (shape.per_group() + step - 1) / step * step;
+  return taps * inputs * kVectors * Lanes<T>::count;
+}
+
+// grad += weight gradient of one image, in packed order with the input channels rounded up.
+template <typename T, int kVectors>
+void correlate(
+    const Conv2dShape& shape, const Plane& plane, const PackedKernel<T>& kernel, const T* delta,
+    const T* in, T* grad) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int64_t lanes = Lanes<T>::count, padded = kVectors * lanes;
+  constexpr int kInputs = inputs_together<kVectors>();
+  for (int64_t tap = 0; tap < kernel.taps; ++tap)
+    for (int64_t i = 0; i < shape.per_group(); i += kInputs, grad += kInputs * padded) {
+      Vector sum[kInputs][kVectors];
+      for (int j = 0; j < kInputs; ++j)
+        for (int v = 0; v < kVectors; ++v) sum[j][v] = load(grad + j * padded + v * lanes);
+      for (int64_t row = 0; row < shape.height; ++row) {
+        const int64_t at = (plane.lead + row * plane.pitch) * padded;
+        const T* d = delta + at;
+        const T* x = in + at + kernel.offsets[tap] * padded + i;
+        for (int64_t column = 0; column < shape.width; ++column, d += padded, x += padded) {
+          Vector deltas[kVectors];
+          for (int v = 0; v < kVectors; ++v) deltas[v] = load(d + v * lanes);
+          for (int j = 0; j < kInputs; ++j)
+            for (int v = 0; v < kVectors; ++v) sum[j][v] += x[j] * deltas[v];
+        }
+      }
+      for (int j = 0; j < kInputs; ++j)
+        for (int v = 0; v < kVectors; ++v) store(grad + j * padded + v * lanes, sum[j][v]);
+    }
+}
+
+// Kernel-shaped += packed, for one group.
+template <typename T, int kVectors>
+void unpack_gradient(const Conv2dShape& shape, int64_t taps, const T* packed, T* grad) {
+  constexpr int64_t padded = kVectors * Lanes<T>::count, step = inputs_together<kVectors>();
+  const int64_t width = shape.per_group(), inputs = (width + step - 1) / step * step;
+  for (int64_t o = 0; o < width; ++o)
+    for (int64_t i = 0; i < width; ++i)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        grad[(o * width + i) * taps + tap] += packed[(tap * inputs + i) * padded + o];
+}
+
+// Wraps the image around a circular plane; a zero-padded one keeps the zeros it was made with.
+template <typename T>
+void fill_halo(const Conv2dShape& shape, const Plane& plane, int64_t padded, T* planes) {
+  if (!shape.circular) return;
+  const int64_t rows = plane.halo_rows, columns = plane.halo_columns;
+  for (int64_t row = -rows; row < shape.height + rows; ++row)
+    for (int64_t column = -columns; column < shape.width + columns; ++column) {
+      const bool inside =
+          row >= 0 && row < shape.height && column >= 0 && column < shape.width;
+      if (inside) continue;
+      const int64_t from = wrap(row, shape.height) * plane.pitch + wrap(column, shape.width);
+      T* to = planes + (plane.lead + row * plane.pitch + column) * padded;
+      const T* source = planes + (plane.lead + from) * padded;
+      for (int64_t c = 0; c < padded; ++c) to[c] = source[c];
+    }
+}
+
+// planes = scale * image - shift[channel], with its halo.
+template <typename T>
+void load_image(
+    const Conv2dShape& shape, const Plane& plane, int64_t padded, const T* image, T scale,
+    const T* shift, T* planes) {
+  const int64_t width = shape.per_group(), pixels = shape.pixels();
+  for (int64_t row = 0; row < shape.height; ++row)
+    for (int64_t column = 0; column < shape.width; ++column) {
+      T* to = planes + (plane.lead + row * plane.pitch + column) * padded;
+      const T* from = image + row * shape.width + column;
+      for (int64_t c = 0; c < width; ++c)
+        to[c] = scale * from[c * pixels] - (shift == nullptr ? T(0) : shift[c]);
+    }
+  fill_halo(shape, plane, padded, planes);
+}
+
+// image = planes + shift[channel].
+template <typename T>
+void store_image(
+    const Conv2dShape& shape, const Plane& plane, int64_t padded, const T* planes, const T* shift,
+    T* image) {
+  const int64_t width = shape.per_group();
+  for (int64_t c = 0; c < width; ++c) {
+    const T plus = shift == nullptr ? T(0) : shift[c];
+    for (int64_t row = 0; row < shape.height; ++row, image += shape.width) {
+      const T* from = planes + (plane.lead + row * plane.pitch) * padded + c;
+      for (int64_t column = 0; column < shape.width; ++column)
+        image[column] = from[column * padded] + plus;
+    }
+  }
+}
+
+template <typename T>
+void clear(T* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = T(0);
+}
+
+// Past a buffer's end, `correlate` may read input channels that round the group up.
+constexpr int64_t kSlack = 16;
+
+template <typename T, int kVectors>
+void forward_images(const Conv2dForward<T>& step, int64_t begin, int64_t end) {
+  const Conv2dShape& shape = step.shape;
+  const Plane& plane = step.plane;
+  constexpr int64_t padded = kVectors * Lanes<T>::count;
+  const int64_t volume = plane.size * padded, width = shape.per_group();
+  const int64_t group_size = width * shape.pixels();
+  T* x = workspace<T>(3 * volume);
+  T *y = x + volume, *e = y + volume;
+  clear(x, 2 * volume);
+  for (int64_t image = begin; image < end; ++image) {
+    T recon = 0;
+    for (int64_t group = 0; group < shape.groups; ++group) {
+      const int64_t at = (image * shape.groups + group) * group_size;
+      const int64_t kernel = group * width * padded;
+      load_image<T>(shape, plane, padded, step.x + at, T(1), nullptr, x);
+      convolve<T, kVectors>(
+          shape, plane, step.weight.values + kernel * step.weight.taps, step.weight, x, nullptr,
+          T(0), y);
+      fill_halo(shape, plane, padded, y);
+      const T* bias = step.bias == nullptr ? nullptr : step.bias + group * width;
+      store_image(shape, plane, padded, y, bias, step.z + at);
+      convolve<T, kVectors>(
+          shape, plane, step.inverse.values + kernel * step.inverse.taps, step.inverse, y, x,
+          T(-1), e);
+      store_image<T>(shape, plane, padded, e, nullptr, step.residual + at);
+      recon += sum_of_squares(step.residual + at, group_size);
+    }
+    step.recon[image] = recon;
+  }
+}
+
+template <typename T, int kVectors>
+void backward_images(
+    const Conv2dBackward<T>& step, int64_t begin, int64_t end, T* grad_weight, T* grad_inverse) {
+  const Conv2dShape& shape = step.shape;
+  const Plane& plane = step.plane;
+  constexpr int64_t padded = kVectors * Lanes<T>::count;
+  const int64_t volume = plane.size * padded, width = shape.per_group();
+  const int64_t group_size = width * shape.pixels();
+  const int64_t taps_w = step.weight_flipped.taps, taps_r = step.inverse_flipped.taps;
+  const int64_t size_w = gradient_size<T, kVectors>(shape, taps_w);
+  const int64_t size_r = gradient_size<T, kVectors>(shape, taps_r);
+  const bool want_dx = step.grad_x != nullptr || step.want_inverse;
+  const bool penalty = step.grad_recon != nullptr;
+
+  const int64_t planes = 6 * volume + kSlack;
+  T* dz = workspace<T>(planes + size_w + size_r);
+  T *pull = dz + volume, *x = pull + volume, *y = x + volume;
+  T *dx = y + volume, *delta = dx + volume;
+  T *packed_w = dz + planes, *packed_r = packed_w + size_w;
+  clear(dz, planes);
+  for (int64_t group = 0; group < shape.groups; ++group) {
+    const int64_t kernel = group * width * padded;
+    clear(packed_w, size_w + size_r);
+    for (int64_t image = begin; image < end; ++image) {
+      const int64_t at = (image * shape.groups + group) * group_size;
+      load_image<T>(shape, plane, padded, step.grad_z + at, T(1), nullptr, dz);
+      if (penalty)
+        load_image<T>(
+            shape, plane, padded, step.residual + at, T(2) * step.grad_recon[image], nullptr,
+            pull);
+      if (want_dx) {
+        convolve<T, kVectors>(
+            shape, plane, step.weight_flipped.values + kernel * taps_w, step.weight_flipped, dz,
+            nullptr, T(0), dx);
+        if (step.grad_x != nullptr)
+          store_image<T>(shape, plane, padded, dx, nullptr, step.grad_x + at);
+      }
+      if (step.want_weight) {
+        if (penalty)
+          convolve<T, kVectors>(
+              shape, plane, step.inverse_flipped.values + kernel * taps_r, step.inverse_flipped,
+              pull, dz, T(0.5), delta);
+        else
+          for (int64_t i = 0; i < volume; ++i) delta[i] = T(0.5) * dz[i];
+        load_image<T>(shape, plane, padded, step.x + at, T(1), nullptr, x);
+        correlate<T, kVectors>(shape, plane, step.weight_flipped, delta, x, packed_w);
+      }
+      if (step.want_inverse) {
+        for (int64_t i = 0; i < volume; ++i)
+          dx[i] = (penalty ? pull[i] : T(0)) - T(0.5) * dx[i];
+        const T* bias = step.bias == nullptr ? nullptr : step.bias + group * width;
+        load_image<T>(shape, plane, padded, step.z + at, T(1), bias, y);
+        correlate<T, kVectors>(shape, plane, step.inverse_flipped, dx, y, packed_r);
+      }
+    }
+    if (step.want_weight)
+      unpack_gradient<T, kVectors>(
+          shape, taps_w, packed_w, grad_weight + group * width * width * taps_w);
+    if (step.want_inverse)
+      unpack_gradient<T, kVectors>(
+          shape, taps_r, packed_r, grad_inverse + group * width * width * taps_r);
+  }
+}
+
+template <typename T>
+void forward(const Conv2dForward<T>& step, int64_t begin, int64_t end) {
+  switch (vector_count<T>(step.shape)) {
+    case 1: return forward_images<T, 1>(step, begin, end);
+    case 2: return forward_images<T, 2>(step, begin, end);
+    case 3: return forward_images<T, 3>(step, begin, end);
+    default: return forward_images<T, 4>(step, begin, end);
+  }
+}
+
+template <typename T>
+void backward(
+    const Conv2dBackward<T>& step, int64_t begin, int64_t end, T* grad_weight, T* grad_inverse) {
+  switch (vector_count<T>(step.shape)) {
+    case 1: return backward_images<T, 1>(step, begin, end, grad_weight, grad_inverse);
+    case 2: return backward_images<T, 2>(step, begin, end, grad_weight, grad_inverse);
+    case 3: return backward_images<T, 3>(step, begin, end, grad_weight, grad_inverse);
+    default: return backward_images<T, 4>(step, begin, end, grad_weight, grad_inverse);
+  }
+}
+
+template <typename T>
+constexpr Conv2dPath<T> path = {packed_size<T>, pack<T>, forward<T>, backward<T>};
+
+}  // namespace channels
+}  // namespace SNF_ISA
+}  // namespace snf
