@@ -12,8 +12,8 @@
 
 #include "cpu/cpu_capability.h"
 
-#define SNF_TEXT_OF(...) #__VA_ARGS__
-#define SNF_TEXT(...) SNF_TEXT_OF(__VA_ARGS__)
+#define SNF_TEXT_OF(text) #text
+#define SNF_TEXT(macro) SNF_TEXT_OF(macro)
 
 namespace {
 
@@ -48,7 +48,7 @@ pybind11::dict build_info() {
   info["version"] = SNF_TEXT(SNF_VERSION);
   info["torch"] = TORCH_VERSION;
   info["cuda"] = kCuda;
-  info["cuda_archs"] = split(kCudaArchs, ',');
+  info["cuda_archs"] = split(kCudaArchs, ':');
   info["compiler"] = kCompiler;
   info["cpu_capability"] = snf::cpu_capability();
   return info;

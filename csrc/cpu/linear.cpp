@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "pooled_memory.h"
 #include "precision.h"
 
 namespace snf {
@@ -37,18 +38,50 @@ void row_sums_of_squares(const Tensor& values, Tensor& sums) {
   });
 }
 
-// out = scale * in', in square tiles that fit the first-level cache.
+// The square tile of kTile rows at `in`, transposed and scaled.
+constexpr int64_t kTile = 4;
+template <typename T>
+void scaled_transpose_tile(const T* in, int64_t stride, T scale, T* out) {
+  typedef T Row __attribute__((vector_size(kTile * sizeof(T)), aligned(alignof(T))));
+  Row row[kTile];
+  for (int a = 0; a < kTile; ++a) row[a] = scale * *reinterpret_cast<const Row*>(in + a * stride);
+  const Row low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  const Row low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  const Row high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Row high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  const auto put = [&](int64_t b, Row r) { *reinterpret_cast<Row*>(out + b * stride) = r; };
+  put(0, __builtin_shufflevector(low01, low23, 0, 1, 4, 5));
+  put(1, __builtin_shufflevector(low01, low23, 2, 3, 6, 7));
+  put(2, __builtin_shufflevector(high01, high23, 0, 1, 4, 5));
+  put(3, __builtin_shufflevector(high01, high23, 2, 3, 6, 7));
+}
+
+// Rows [begin, end) of out = scale * in', both square. Goes down a panel of `in` one cache line
+// wide; the hardware does not foresee steps of a whole row, so lines are asked for ahead.
 template <typename T>
 void scaled_transpose(const T* in, int64_t features, int64_t begin, int64_t end, T scale, T* out) {
-  constexpr int64_t kTile = 16;
+  constexpr int64_t kPanel = 64 / sizeof(T), kAhead = 32;
   at::parallel_for(begin, end, 64, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i += kTile)
+    for (int64_t i0 = first; i0 < last; i0 += kPanel) {
+      const int64_t i1 = std::min(last, i0 + kPanel);
       for (int64_t j = 0; j < features; j += kTile) {
-        const int64_t rows = std::min(kTile, last - i), columns = std::min(kTile, features - j);
-        for (int64_t a = 0; a < rows; ++a)
-          for (int64_t b = 0; b < columns; ++b)
-            out[(i + a) * features + j + b] = scale * in[(j + b) * features + i + a];
+        const int64_t j1 = std::min(features, j + kTile);
+        if (j + kAhead + kTile <= features)
+          for (int64_t a = 0; a < kTile; ++a) {
+            __builtin_prefetch(in + (j + kAhead + a) * features + i0);
+            const int64_t row = i0 + (j + a) % kPanel;
+            if (row < i1) __builtin_prefetch(out + row * features + j + kAhead, 1);
+          }
+        for (int64_t i = i0; i < i1; i += kTile) {
+          if (i + kTile <= i1 && j + kTile <= features) {
+            scaled_transpose_tile(in + j * features + i, features, scale, out + i * features + j);
+            continue;
+          }
+          for (int64_t a = i; a < std::min(i1, i + kTile); ++a)
+            for (int64_t b = j; b < j1; ++b) out[a * features + b] = scale * in[b * features + a];
+        }
       }
+    }
   });
 }
 
@@ -56,8 +89,8 @@ void scaled_transpose(const T* in, int64_t features, int64_t begin, int64_t end,
 // product finds it in the cache.
 Tensor weight_gradient(const Tensor& delta, const Tensor& x, double scale, const Tensor& other) {
   const int64_t features = x.size(1);
-  if (scale == 0.0) return at::mm(delta.t(), x);
-  Tensor grad = at::empty({features, features}, x.options());
+  Tensor grad = pooled_empty({features, features}, x.options());
+  if (scale == 0.0) return at::mm_out(grad, delta.t(), x);
   const int64_t panel = std::max<int64_t>(64, (4 << 20) / (features * x.element_size()) / 64 * 64);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "snf_linear_backward", [&] {
     const scalar_t* in = other.const_data_ptr<scalar_t>();
@@ -75,6 +108,7 @@ Tensor weight_gradient(const Tensor& delta, const Tensor& x, double scale, const
 std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias) {
   check_linear(x, weight, weight_inv, bias);
+  const WithoutAutocast full_precision;
   const Tensor flat = rows(x, weight.size(0));
   Tensor z = at::mm(flat, wide(weight).t());
   Tensor residual = at::addmm(flat, z, wide(weight_inv).t(), /*beta=*/-1);
@@ -92,6 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_z, const OptionalTensor& grad_log_det, const OptionalTensor& grad_recon,
     const Tensor& x, const Tensor& z, const Tensor& residual, const Tensor& weight,
     const Tensor& weight_inv, const OptionalTensor& bias, std::array<bool, 4> mask) {
+  const WithoutAutocast full_precision;
   const int64_t features = weight.size(0);
   const Tensor dz = rows(grad_z, features), flat = rows(x, features);
   const Tensor w = wide(weight), r = wide(weight_inv);

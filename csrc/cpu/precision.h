@@ -1,9 +1,16 @@
 // Half precisions are computed in float32 on the CPU.
 #pragma once
 
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
 #include "../check.h"
 
 namespace snf {
+
+// A backward that is called under autocast would otherwise round its products.
+struct WithoutAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
 
 inline at::ScalarType wide_type(at::ScalarType type) {
   return type == at::kBFloat16 || type == at::kHalf ? at::kFloat : type;

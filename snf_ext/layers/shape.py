@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..bijection import Bijection, FlowStep, per_sample_zeros
@@ -63,14 +62,15 @@ class Squeeze(Bijection):
                 f"x must have shape [B, C, H, W] with even H and W; got {list(x.shape)}"
             )
         zeros = per_sample_zeros(x)
-        return FlowStep(F.pixel_unshuffle(x, 2), zeros, zeros)
+        # Not F.pixel_unshuffle: it leaves the shape of an empty batch as it was.
+        patches = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 3, 5, 2, 4)
+        return FlowStep(patches.flatten(1, 3), zeros, zeros)
 
     def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
         if z.dim() != 4 or z.shape[1] % 4:
-            raise ValueError(
-                f"z must have shape [B, 4C, H, W]; got {list(z.shape)}"
-            )
-        return F.pixel_shuffle(z, 2)
+            raise ValueError(f"z must have shape [B, 4C, H, W]; got {list(z.shape)}")
+        patches = z.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3)
+        return patches.flatten(4, 5).flatten(2, 3)
 
     def output_shape(self, event_shape: tuple[int, ...]) -> tuple[int, ...]:
         channels, height, width = event_shape

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..backend import build_info, runs_native
 from ..bijection import wide_dtype
+from ..reference.checks import check_conv2d, check_linear
 
 
 def snf_linear(
@@ -34,9 +35,7 @@ def snf_conv2d(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`snf_ext.reference.snf_conv2d` on the backend in use."""
     if runs_native(x.device):
-        return torch.ops.snf_ext.snf_conv2d(
-            x, weight, weight_inv, bias, dilation, groups, circular
-        )
+        return torch.ops.snf_ext.snf_conv2d(x, weight, weight_inv, bias, dilation, groups, circular)
     return reference.snf_conv2d(x, weight, weight_inv, bias, dilation, groups, circular)
 
 
@@ -63,6 +62,7 @@ if build_info()["cpp"]:
 
     @torch.library.register_fake("snf_ext::snf_linear_forward")
     def _(x, weight, weight_inv, bias):
+        check_linear(x, weight, weight_inv, bias)
         return _fake_forward(x, x.shape[:-1])
 
     @torch.library.register_fake("snf_ext::snf_linear_backward")
@@ -71,6 +71,7 @@ if build_info()["cpp"]:
 
     @torch.library.register_fake("snf_ext::snf_conv2d_forward")
     def _(x, weight, weight_inv, bias, dilation, groups, circular):
+        check_conv2d(x, weight, weight_inv, bias, dilation, groups)
         return _fake_forward(x, x.shape[:1])
 
     @torch.library.register_fake("snf_ext::snf_conv2d_backward")

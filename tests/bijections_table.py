@@ -1,0 +1,70 @@
+"""The one table of bijections: every bijection test runs over these rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import snf_ext
+from snf_ext import Bijection
+
+
+@dataclass(frozen=True)
+class BijectionCase:
+    """How to make one bijection, and the events it takes."""
+
+    name: str
+    make: Callable[[], Bijection]
+    event_shape: tuple[int, ...]
+    unit_interval: bool = False  # takes data in [0, 1]
+    learned: bool = False  # has a weight_inv
+    noisy: bool = False  # forward draws noise
+
+    def build(self, dtype=torch.float64, device="cpu") -> Bijection:
+        """With weights a little off where they start, so that no test rests on the identity."""
+        generator = torch.Generator().manual_seed(3)
+        bijection = self.make().to(device, dtype)
+        with torch.no_grad():
+            for p in bijection.parameters():
+                p += (0.05 * torch.randn(p.shape, generator=generator)).to(p)
+        return bijection
+
+    def data(self, batch=4, dtype=torch.float64, device="cpu", seed=5):
+        generator = torch.Generator().manual_seed(seed)
+        shape = (batch, *self.event_shape)
+        draw = torch.rand if self.unit_interval else torch.randn
+        return draw(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+BIJECTIONS = [
+    BijectionCase("SelfNormLinear", lambda: snf_ext.SelfNormLinear(6), (6,), learned=True),
+    BijectionCase(
+        "SelfNormLinear-no-bias", lambda: snf_ext.SelfNormLinear(3, bias=False), (3,), learned=True
+    ),
+    BijectionCase("SelfNormConv2d", lambda: snf_ext.SelfNormConv2d(2, 3), (2, 4, 5), learned=True),
+    BijectionCase(
+        "SelfNormConv2d-all-options",
+        lambda: snf_ext.SelfNormConv2d(
+            4,
+            (3, 1),
+            dilation=2,
+            groups=2,
+            bias=False,
+            padding_mode="circular",
+            inverse_kernel_size=5,
+        ),
+        (4, 6, 5),
+        learned=True,
+    ),
+    BijectionCase("ExactLinear", lambda: snf_ext.ExactLinear(5), (5,)),
+    BijectionCase("ExactConv2d", lambda: snf_ext.ExactConv2d(2, 3, groups=2), (2, 3, 4)),
+    BijectionCase("SmoothLeakyReLU", lambda: snf_ext.SmoothLeakyReLU(0.3), (2, 3)),
+    BijectionCase("SmoothLeakyReLU-steep", lambda: snf_ext.SmoothLeakyReLU(0.01), (5,)),
+    BijectionCase("Logit", lambda: snf_ext.Logit(1e-6), (2, 3), unit_interval=True),
+    BijectionCase("Normalize", lambda: snf_ext.Normalize(0.5, -3.0), (2, 3)),
+    BijectionCase("Dequantize", lambda: snf_ext.Dequantize(8), (4,), noisy=True),
+    BijectionCase("Flatten", lambda: snf_ext.Flatten((2, 3)), (2, 3)),
+    BijectionCase("Squeeze", lambda: snf_ext.Squeeze(), (2, 4, 6)),
+]

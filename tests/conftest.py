@@ -1,0 +1,42 @@
+"""What every test shares: devices, backends, and the data beside the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import snf_ext
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+needs_native = pytest.mark.skipif(
+    not snf_ext.build_info()["cpp"], reason="the compiled library is not built"
+)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of data beside the repository, or a skip."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the data folder beside the repository")
+    return SHARED
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return request.param
+
+
+@pytest.fixture(params=[pytest.param("native", marks=needs_native), "reference"])
+def backend(request):
+    """Runs the test on both backends."""
+    with snf_ext.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,197 @@
+"""The benchmark's stand-in for the public code computes what the public code computes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Last in the path, so that an installed package is not shadowed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from bench import baselines
+from bench.composition import (
+    ComposedConv2d,
+    ComposedFC,
+    ComposedLinear,
+    base_distribution,
+    composed_backward,
+)
+
+PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
+needs_parity = pytest.mark.skipif(
+    not PARITY.is_dir(), reason="the public code's gradients (shared/parity) are not beside us"
+)
+
+
+def _close(actual, expected, tol=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
+
+
+def _parity(name):
+    np = pytest.importorskip("numpy")
+    with np.load(PARITY / f"{name}.npz") as data:
+        return {key: torch.from_numpy(data[key]) for key in data}
+
+
+def _gaussian_loss(z):
+    return (0.5 * z.flatten(1).square().sum(1)).mean()
+
+
+@needs_parity
+@pytest.mark.parametrize("name", ["fc", "conv"])
+@pytest.mark.parametrize("recon", [True, False])
+def test_reproduces_the_public_code(name, recon):
+    data = _parity(name)
+    channels, _, k, _ = data["W"].shape
+    layer = ComposedLinear(channels) if name == "fc" else ComposedConv2d(channels, k)
+    layer.double()
+    with torch.no_grad():
+        layer.weight.copy_(data["W"])
+        layer.weight_inv.copy_(data["R"])
+        layer.bias.copy_(data["bias"])
+    x = data["x"].requires_grad_()
+
+    z = layer(x)
+    _close(z.detach(), data["z"])
+    log_prob = base_distribution(z[0].numel(), "normal").log_prob(z.flatten(1))
+    _close(log_prob.detach(), data["logp_cheap"])
+    loss = -log_prob.mean()
+    if recon:
+        composed_backward(loss, [layer], recon_weight=1.0)
+    else:
+        loss.backward()
+
+    kind = "snf_recon" if recon else "snf"
+    for key, leaf in {"x": x, "W": layer.weight, "R": layer.weight_inv, "b": layer.bias}.items():
+        _close(leaf.grad, data[f"grad_{key}_{kind}"])
+
+
+@needs_parity
+@pytest.mark.parametrize("name", ["fc", "conv"])
+def test_reproduces_the_public_penalty(name):
+    data = _parity(name)
+    channels, _, k, _ = data["W"].shape
+    layer = ComposedConv2d(channels, k).double()
+    with torch.no_grad():
+        layer.weight.copy_(data["W"])
+        layer.weight_inv.copy_(data["R"])
+    layer(data["x"].view(len(data["x"]), channels, *data["x"].shape[2:] or (1, 1)))
+    _close(layer.reconstruction_backward(1.0), data["recon_loss"])
+    _close(layer.weight.grad, data["grad_W_recon_only"])
+    _close(layer.weight_inv.grad, data["grad_R_recon_only"])
+
+
+@pytest.mark.parametrize(("channels", "k", "h", "w"), [(1, 3, 5, 4), (3, 1, 4, 4), (2, 5, 6, 7)])
+def test_convolution_follows_the_merged_equations(channels, k, h, w):
+    """dw = (delta/2 + 2q r^T e) x - flip(r) m / 2 and its twin, with dense matrices."""
+    torch.manual_seed(0)
+    layer = ComposedConv2d(channels, k).double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(3, channels, h, w, dtype=torch.double)
+    composed_backward(_gaussian_loss(layer(x)), [layer], recon_weight=2.0)
+
+    batch, features = len(x), x[0].numel()
+    eye = torch.eye(features, dtype=torch.double).view(features, channels, h, w)
+
+    def matrix(kernel):  # T(k), so that T(k) x is the convolution
+        return torch.nn.functional.conv2d(eye, kernel, padding=k // 2).flatten(1).T
+
+    rows = x.flatten(1)
+    weight, weight_inv = layer.weight.detach(), layer.weight_inv.detach()
+    big_w, big_r = matrix(weight), matrix(weight_inv)
+    y = rows @ big_w.T
+    delta_z = (y + layer.bias.detach().repeat_interleave(h * w)) / batch
+    delta_x, error, q = delta_z @ big_w, y @ big_r.T - rows, 2.0 / batch
+    big_dw = (delta_z / 2 + 2 * q * error @ big_r).T @ rows - big_r.T / 2
+    big_dr = (-delta_x / 2 + 2 * q * error).T @ y + big_w.T / 2
+
+    def gather(big, kernel):  # sum the dense gradient over the places of each kernel element
+        kernel = kernel.clone().requires_grad_()
+        (grad,) = torch.autograd.grad((matrix(kernel) * big).sum(), kernel)
+        return grad
+
+    _close(layer.weight.grad, gather(big_dw, weight))
+    _close(layer.weight_inv.grad, gather(big_dr, weight_inv))
+
+
+def test_base_distributions_are_the_same_density():
+    z = torch.randn(5, 7)
+    _close(
+        base_distribution(7, "multivariate").log_prob(z),
+        base_distribution(7, "normal").log_prob(z),
+        tol=1e-5,
+    )
+    with pytest.raises(ValueError, match="base must be 'multivariate' or 'normal'; got 'cauchy'"):
+        base_distribution(7, "cauchy")
+
+
+def test_model_gradients_and_exact_likelihood():
+    torch.manual_seed(0)
+    flow = ComposedFC((1, 4, 4), layers=2)
+    x = torch.randint(256, (6, 1, 4, 4)).float()
+    flow.training_backward(x)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
+
+    # With W = I the logit's and the activation's terms are all that is left of the change of
+    # variables, so log p follows from the base density and autograd's Jacobian alone.
+    torch.manual_seed(1)
+    actual = flow.log_prob(x)
+    torch.manual_seed(1)
+    noisy = x + torch.rand_like(x)
+
+    def latent(v):
+        u = (v / 256 + 1e-6) * (1 - 2e-6)
+        h = torch.logit(u)
+        h = flow.linears[0](h[None])
+        h, _ = flow.activation(h)
+        return flow.linears[1](h)[0]
+
+    for i in range(2):
+        v = noisy[i].flatten()
+        jacobian = torch.autograd.functional.jacobian(latent, v)
+        z = latent(v)
+        expected = -0.5 * (z.square() + torch.log(torch.tensor(2 * torch.pi))).sum()
+        expected = expected + torch.linalg.slogdet(jacobian.double())[1].float()
+        torch.testing.assert_close(actual[i], expected.detach(), rtol=1e-4, atol=1e-2)
+
+
+def test_relative_gradient_is_the_exact_one_times_gram():
+    """Gresele et al. 2020: the exact gradient of the loss times W^T W needs no inverse."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(5, 5, dtype=torch.double, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.double, requires_grad=True)
+
+    z, log_det = baselines.relative_linear(x, weight, bias)
+    (0.5 * z.square().sum(1) - log_det).mean().backward()
+    relative = [leaf.grad.clone() for leaf in (x, weight, bias)]
+    for leaf in (x, weight, bias):
+        leaf.grad = None
+
+    z, log_det = baselines.exact_linear(x, weight, bias)
+    (0.5 * z.square().sum(1) - log_det).mean().backward()
+    _close(relative[0], x.grad)
+    _close(relative[1], weight.grad @ weight.detach().T @ weight.detach())
+    _close(relative[2], bias.grad)
+
+
+def test_bare_products_are_the_six_of_the_layer():
+    torch.manual_seed(0)
+    x, g, e = torch.randn(3, 4, 6).unbind()
+    weight, weight_inv = torch.randn(2, 6, 6).unbind()
+    fresh = baselines.linear_products(x, g, e, weight, weight_inv)
+    out = [torch.full_like(t, torch.nan) for t in fresh]
+    reused = baselines.linear_products(x, g, e, weight, weight_inv, out=out)
+    for a, b, buffer in zip(fresh, reused, out, strict=True):
+        torch.testing.assert_close(a, b)
+        assert b is buffer
+    y = x @ weight.T
+    for actual, expected in zip(
+        fresh, (y, y @ weight_inv.T, g @ weight, e @ weight_inv, g.T @ x, e.T @ y), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)

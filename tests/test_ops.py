@@ -1,0 +1,411 @@
+"""Every operator of the table against dense matrices, and the rules of a torch operator."""
+
+from __future__ import annotations
+
+import ground_truth
+import numpy as np
+import pytest
+import torch
+from conftest import needs_native
+from ops_table import OPS
+
+import snf_ext
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
+FIELDS = ground_truth.Truth._fields
+SOME = [case for case in OPS if case.name in ("linear", "conv-3x3", "conv-channels-16")]
+
+
+def ids(case):
+    return case.name
+
+
+def run(function, tensors, grads):
+    """Outputs and gradients as a Truth of numpy arrays."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    z, log_det, recon = function(*leaves)
+    assert torch.equal(log_det, torch.zeros_like(log_det))
+    used = [t for t in leaves if t is not None]
+    out = torch.autograd.grad((z, log_det, recon), used, grads)
+    out = [*out, torch.zeros(())] if tensors[3] is None else out
+    return ground_truth.Truth(*(t.detach().cpu().numpy() for t in (z, recon, *out)))
+
+
+def function_of(case, backend):
+    return case.native if backend == "native" else case.reference
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", OPS, ids=ids)
+def test_equals_dense_matrices(case, dtype, backend, device):
+    tensors, grads = case.tensors(dtype, device), case.gradients_of_outputs(dtype, device)
+    ours = run(function_of(case, backend), tensors, grads)
+    truth = case.truth(*(None if t is None else t.cpu() for t in (*tensors, *grads)), **case.rest)
+    for name, got, want in zip(FIELDS, ours, truth, strict=True):
+        if name == "dbias" and not case.bias:
+            continue
+        error = np.abs(got - want).max() / max(np.abs(want).max(), 1e-30)
+        assert error < TOLERANCE[dtype], f"{name}: relative error {error}"
+
+
+@needs_native
+@pytest.mark.parametrize("case", OPS, ids=ids)
+def test_same_bits_twice(case, device):
+    tensors, grads = case.tensors(torch.float32, device), case.gradients_of_outputs(torch.float32)
+    grads = [g.to(device) for g in grads]
+    first, second = (run(case.native, tensors, grads) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert np.array_equal(a, b)
+
+
+@needs_native
+@pytest.mark.parametrize("case", [c for c in OPS if c.op == "snf_conv2d"], ids=ids)
+def test_convolution_does_not_depend_on_threads(case):
+    tensors, grads = case.tensors(torch.float32), case.gradients_of_outputs(torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(case.native, tensors, grads))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("case", OPS, ids=ids)
+def test_gradcheck_without_the_learned_inverse_term(case, backend):
+    """z and recon are true functions: their gradients must be the numerical ones.
+
+    Two rules are set aside by what is held fixed: the halves (SNF 10, 11) concern only the weights
+    through z, and recon sends no gradient to x.
+    """
+    function = function_of(case, backend)
+    x, weight, weight_inv, bias = case.tensors()
+    x = x[:2]
+
+    def recon_of_weights(w, r):
+        return function(x, w, r, bias)[2]
+
+    def z_of_data(x_, bias_):
+        return function(x_, weight, weight_inv, bias_)[0]
+
+    if x.numel() * max(weight.numel(), weight_inv.numel()) > 20_000:
+        pytest.skip("too many numerical derivatives")
+    weights = [weight.requires_grad_(), weight_inv.requires_grad_()]
+    assert torch.autograd.gradcheck(recon_of_weights, weights, fast_mode=True)
+    data = [x.requires_grad_(), None if bias is None else bias.requires_grad_()]
+    assert torch.autograd.gradcheck(z_of_data, data, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", OPS, ids=ids)
+def test_recon_sends_no_gradient_to_x(case, backend):
+    x, *rest = case.tensors()
+    x.requires_grad_()
+    recon = function_of(case, backend)(x, *rest)[2]
+    (grad,) = torch.autograd.grad(recon.sum(), x, allow_unused=True)
+    assert grad is None or not grad.any()
+
+
+@pytest.mark.parametrize("case", SOME, ids=ids)
+def test_gradients_follow_the_scale_of_the_loss(case, backend):
+    """The public code adds the inverse term whatever the loss's scale; these must not."""
+    tensors, grads = case.tensors(), case.gradients_of_outputs()
+    function = function_of(case, backend)
+    full = run(function, tensors, grads)
+    tenth = run(function, tensors, [0.1 * g for g in grads])
+    for name in ("dx", "dweight", "dweight_inv", "dbias"):
+        np.testing.assert_allclose(getattr(tenth, name), 0.1 * getattr(full, name), atol=1e-12)
+
+
+@pytest.mark.parametrize("case", SOME, ids=ids)
+def test_two_micro_batches_add_up(case, backend):
+    tensors, grads = case.tensors(), case.gradients_of_outputs()
+    function = function_of(case, backend)
+    full = run(function, tensors, grads)
+    cut = case.x[0] // 2
+    parts = [
+        run(function, (tensors[0][part], *tensors[1:]), [g[part] for g in grads])
+        for part in (slice(None, cut), slice(cut, None))
+    ]
+    for name in ("dweight", "dweight_inv", "dbias"):
+        summed = getattr(parts[0], name) + getattr(parts[1], name)
+        np.testing.assert_allclose(summed, getattr(full, name), atol=1e-12)
+
+
+@pytest.mark.parametrize("wanted", range(4), ids=["x", "weight", "weight_inv", "bias"])
+@pytest.mark.parametrize("case", SOME, ids=ids)
+def test_only_what_is_needed(case, wanted, backend):
+    """Each gradient alone equals the same gradient among all four."""
+    tensors, grads = case.tensors(), case.gradients_of_outputs()
+    function = function_of(case, backend)
+    together = run(function, tensors, grads)[2 + wanted]
+    leaves = [t.clone().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
+    (alone,) = torch.autograd.grad(function(*leaves), leaves[wanted], grads)
+    np.testing.assert_allclose(alone, together, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("output", range(3), ids=["z", "log_det", "recon"])
+@pytest.mark.parametrize("case", SOME, ids=ids)
+def test_each_output_alone(case, output, backend):
+    """Gradients through one output equal those with zeros for the others."""
+    tensors, grads = case.tensors(), case.gradients_of_outputs()
+    function = function_of(case, backend)
+    masked = [g if i == output else torch.zeros_like(g) for i, g in enumerate(grads)]
+    want = run(function, tensors, masked)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    got = torch.autograd.grad(
+        function(*leaves)[output], leaves, grads[output], materialize_grads=True
+    )
+    for a, b in zip(got, want[2:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", SOME, ids=ids)
+def test_empty_batch(case, backend):
+    x, *rest = case.tensors()
+    leaves = [t.requires_grad_() for t in (x[:0], *rest)]
+    z, log_det, recon = function_of(case, backend)(*leaves)
+    assert z.shape == leaves[0].shape and log_det.shape == recon.shape == (0,)
+    (z.sum() + log_det.sum() + recon.sum()).backward()
+    assert all(not leaf.grad.any() for leaf in leaves[1:])
+
+
+@pytest.mark.parametrize("case", SOME, ids=ids)
+def test_non_contiguous(case, backend):
+    tensors, grads = case.tensors(), case.gradients_of_outputs()
+    function = function_of(case, backend)
+    plain = run(function, tensors, grads)
+
+    def strided(t):
+        if t is None or t.dim() < 1:
+            return t
+        wide = torch.stack([t, t + 1], -1)
+        return wide[..., 0]
+
+    other = run(function, [strided(t) for t in tensors], [strided(g) for g in grads])
+    for a, b in zip(plain, other, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [c for c in SOME if c.op == "snf_conv2d"], ids=ids)
+def test_channels_last(case, backend):
+    tensors, grads = case.tensors(), case.gradients_of_outputs()
+    function = function_of(case, backend)
+    plain = run(function, tensors, grads)
+    x = tensors[0].to(memory_format=torch.channels_last)
+    other = run(function, (x, *tensors[1:]), grads)
+    for a, b in zip(plain, other, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SOME, ids=ids)
+def test_half_precision_accumulates_in_float32(case, dtype, backend):
+    """Inputs and outputs are rounded once each; everything between is float32."""
+    tensors = case.tensors(dtype)
+    grads = [g.to(dtype) for g in case.gradients_of_outputs()]
+    function = function_of(case, backend)
+    leaves = [t.requires_grad_() for t in tensors]
+    z, log_det, recon = function(*leaves)
+    assert z.dtype == dtype and log_det.dtype == recon.dtype == torch.float32
+    got = torch.autograd.grad(
+        (z, log_det, recon), leaves, [grads[0], *(g.float() for g in grads[1:])]
+    )
+    truth = case.truth(*(t.detach().double() for t in (*tensors, *grads)), **case.rest)
+    rounding = torch.finfo(dtype).eps
+    for name, a in zip(FIELDS, (z, recon, *got), strict=True):
+        want = getattr(truth, name)
+        error = np.abs(a.detach().double().numpy() - want).max() / np.abs(want).max()
+        # y is read back from the rounded z, which costs dR one rounding more.
+        limit = 1e-5 if name == "recon" else 2 * rounding
+        assert error < limit, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("case", SOME, ids=ids)
+def test_autocast_computes_in_float32(case, backend):
+    tensors, grads = case.tensors(torch.float32), case.gradients_of_outputs(torch.float32)
+    function = function_of(case, backend)
+    plain = run(function, tensors, grads)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = run(function, tensors, grads)
+    for a, b in zip(plain, under, strict=True):
+        assert np.array_equal(a, b)
+    half = tuple(t.bfloat16() for t in tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z, _, recon = function(*half)
+    assert z.dtype == recon.dtype == torch.float32
+
+
+@pytest.mark.parametrize("case", SOME, ids=ids)
+def test_double_backward_is_refused(case, backend):
+    leaves = [t.requires_grad_() for t in case.tensors()]
+    z, log_det, recon = function_of(case, backend)(*leaves)
+    (grad,) = torch.autograd.grad((z.square().sum() + recon.sum()), leaves[1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward .* is not supported"):
+        grad.sum().backward()
+
+
+@needs_native
+@pytest.mark.parametrize("case", OPS, ids=ids)
+def test_opcheck(case, device):
+    tensors = case.tensors(torch.float32, device)
+    leaves = [None if t is None else t.requires_grad_() for t in tensors]
+    op = getattr(torch.ops.snf_ext, case.op).default
+    torch.library.opcheck(op, tuple(leaves), case.rest)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "mask", [[True] * 4, [False, True, False, False], [True, False, True, False]]
+)
+@pytest.mark.parametrize("case", SOME, ids=ids)
+def test_opcheck_of_the_inner_operators(case, mask, device):
+    ops = torch.ops.snf_ext
+    x, weight, weight_inv, bias = case.tensors(torch.float32, device)
+    grads = [g.to(device) for g in case.gradients_of_outputs(torch.float32)]
+    rest = tuple(case.rest.values())
+    forward = getattr(ops, f"{case.op}_forward").default
+    backward = getattr(ops, f"{case.op}_backward").default
+    arguments = (x, weight, weight_inv, bias, *rest)
+    torch.library.opcheck(forward, arguments)
+    z, recon, residual = forward(*arguments)
+    torch.library.opcheck(backward, (*grads, x, z, residual, weight, weight_inv, bias, *rest, mask))
+
+
+@needs_native
+@pytest.mark.parametrize("case", SOME, ids=ids)
+def test_meta(case):
+    tensors = case.tensors(torch.float32, "meta")
+    z, log_det, recon = case.native(*tensors)
+    want = case.native(*case.tensors(torch.float32))
+    for a, b in zip((z, log_det, recon), want, strict=True):
+        assert a.is_meta and a.shape == b.shape and a.dtype == b.dtype
+
+
+def bad_arguments():
+    x, w = torch.randn(2, 4), torch.randn(4, 4)
+    yield (
+        "snf_linear",
+        (x.long(), w, w),
+        TypeError,
+        r"x must be a floating-point tensor; got torch.int64",
+    )
+    yield (
+        "snf_linear",
+        (x, w[:3], w),
+        ValueError,
+        r"weight must be a square matrix \[D, D\]; got \[3, 4\]",
+    )
+    yield (
+        "snf_linear",
+        (x[:, :3], w, w),
+        ValueError,
+        r"x must have shape \[\.\.\., D\] with D = 4; got \[2, 3\]",
+    )
+    yield (
+        "snf_linear",
+        (x, w, w[:2]),
+        ValueError,
+        r"weight_inv must have shape \[D, D\] = \[4, 4\]; got \[2, 4\]",
+    )
+    yield (
+        "snf_linear",
+        (x, w, w, w),
+        ValueError,
+        r"bias must have shape \[D\] = \[4\]; got \[4, 4\]",
+    )
+    yield (
+        "snf_linear",
+        (x, w.double(), w),
+        TypeError,
+        r"weight must have the dtype of x, torch.float32; got torch.float64",
+    )
+    yield (
+        "snf_linear",
+        (x, w, w.to("meta")),
+        ValueError,
+        r"weight_inv must be on the device of x, cpu; got meta",
+    )
+    x, w = torch.randn(2, 4, 5, 5), torch.randn(4, 2, 3, 3)
+    yield (
+        "snf_conv2d",
+        (x.int(), w, w),
+        TypeError,
+        r"x must be a floating-point tensor; got torch.int32",
+    )
+    yield (
+        "snf_conv2d",
+        (x[0], w, w),
+        ValueError,
+        r"x must have shape \[B, C, H, W\]; got \[4, 5, 5\]",
+    )
+    yield (
+        "snf_conv2d",
+        (x[..., :0], w, w, None, 1, 2),
+        ValueError,
+        r"x must have at least one pixel; got \[2, 4, 5, 0\]",
+    )
+    yield (
+        "snf_conv2d",
+        (x, w, w),
+        ValueError,
+        r"weight must have shape \[C, C/groups, k, k\] = \[4, 4, k, k\]; got \[4, 2, 3, 3\]",
+    )
+    yield (
+        "snf_conv2d",
+        (x, w, w, None, 1, 3),
+        ValueError,
+        r"groups must divide the channels C = 4; got 3",
+    )
+    yield "snf_conv2d", (x, w, w, None, 0, 2), ValueError, r"dilation must be at least 1; got 0"
+    yield (
+        "snf_conv2d",
+        (x, w[..., :2], w, None, 1, 2),
+        ValueError,
+        r"weight must have an odd kernel size.*Squeeze.*got \[4, 2, 3, 2\]",
+    )
+    yield (
+        "snf_conv2d",
+        (x, w, w[:, :1], None, 1, 2),
+        ValueError,
+        r"weight_inv must have shape \[C, C/groups, k, k\] = \[4, 2, k, k\]; got \[4, 1, 3, 3\]",
+    )
+    yield (
+        "snf_conv2d",
+        (x, w, w, x[0, 0, 0], 1, 2),
+        ValueError,
+        r"bias must have shape \[C\] = \[4\]; got \[5\]",
+    )
+
+
+@pytest.mark.parametrize(("name", "arguments", "error", "message"), list(bad_arguments()))
+def test_bad_arguments_in_the_same_words(name, arguments, error, message, backend):
+    with pytest.raises(error, match=message):
+        getattr(snf_ext.ops, name)(*arguments)
+
+
+@needs_native
+def test_cpu_only_build_explains_cuda_tensors():
+    if snf_ext.build_info()["cuda"]:
+        pytest.skip("built with CUDA")
+    x, w = torch.randn(2, 3), torch.eye(3)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    op = torch.ops.snf_ext.snf_linear_forward.default
+    with pytest.raises(NotImplementedError, match="built for the CPU only.*FORCE_CUDA=1"):
+        op.redispatch(keys, x, w, w, None)
+
+
+def test_exact_inverse_gives_the_exact_gradient(backend):
+    """With weight_inv the exact inverse, the linear layer's gradient is that of slogdet, halved."""
+    weight = torch.randn(5, 5, dtype=torch.float64).requires_grad_()
+    inverse = torch.linalg.inv(weight.detach()).requires_grad_()
+    x = torch.randn(3, 5, dtype=torch.float64)
+    log_det = snf_ext.ops.snf_linear(x, weight, inverse)[1]
+    ours = torch.autograd.grad(log_det.sum(), (weight, inverse))
+    exact_w = torch.autograd.grad(3 * torch.linalg.slogdet(weight).logabsdet, weight)[0]
+    exact_r = torch.autograd.grad(-3 * torch.linalg.slogdet(inverse).logabsdet, inverse)[0]
+    torch.testing.assert_close(ours[0], exact_w / 2)
+    torch.testing.assert_close(ours[1], exact_r / 2)
