@@ -18,7 +18,7 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Step = std::tuple<Tensor, Tensor, Tensor>;              // z, log_det, recon
+using Step = std::tuple<Tensor, Tensor, Tensor>;               // z, log_det, recon
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of x, weight, weight_inv, bias
 
 // The two layers differ in the operators they call and in the arguments after the tensors.
@@ -36,11 +36,11 @@ template <typename Layer, typename... Geometry>
 Step forward_op(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
     Geometry... geometry) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow(Layer::forward_name, "")
-                             .template typed<Step(
-                                 const Tensor&, const Tensor&, const Tensor&,
-                                 const OptionalTensor&, Geometry...)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow(Layer::forward_name, "")
+          .template typed<Step(
+              const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, Geometry...)>();
   return op.call(x, weight, weight_inv, bias, geometry...);
 }
 
@@ -66,7 +66,9 @@ Gradients backward_op(
       geometry);
 }
 
-OptionalTensor if_defined(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+OptionalTensor if_defined(const Tensor& t) {
+  return t.defined() ? OptionalTensor(t) : std::nullopt;
+}
 
 // The backward operator, refusing to be differentiated.
 template <typename Layer, typename... Geometry>
@@ -78,8 +80,7 @@ struct Backward : torch::autograd::Function<Backward<Layer, Geometry...>> {
       std::tuple<Geometry...> geometry, std::array<bool, 4> mask) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [dx, dw, dr, dc] = backward_op<Layer, Geometry...>(
-        grad_z, grad_log_det, grad_recon, x, z, residual, weight, weight_inv, bias, geometry,
-        mask);
+        grad_z, grad_log_det, grad_recon, x, z, residual, weight, weight_inv, bias, geometry, mask);
     return {dx, dw, dr, dc};
   }
 
@@ -134,8 +135,9 @@ Step linear_autograd(
 Step conv2d_autograd(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
     int64_t dilation, int64_t groups, bool circular) {
-  return as_step(Forward<Conv2d, int64_t, int64_t, bool>::apply(
-      x, weight, weight_inv, bias, dilation, groups, circular));
+  return as_step(
+      Forward<Conv2d, int64_t, int64_t, bool>::apply(
+          x, weight, weight_inv, bias, dilation, groups, circular));
 }
 
 // Below autograd: the forward operator alone.
@@ -172,12 +174,13 @@ Step conv2d_autocast(
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("snf_ext::snf_conv2d", "")
                              .typed<Step(
-                                 const Tensor&, const Tensor&, const Tensor&,
-                                 const OptionalTensor&, int64_t, int64_t, bool)>();
+                                 const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                 int64_t, int64_t, bool)>();
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   return op.call(
       cached_cast(at::kFloat, x, device), cached_cast(at::kFloat, weight, device),
-      cached_cast(at::kFloat, weight_inv, device), cached_cast(at::kFloat, bias, device), dilation, groups, circular);
+      cached_cast(at::kFloat, weight_inv, device), cached_cast(at::kFloat, bias, device), dilation,
+      groups, circular);
 }
 
 }  // namespace

@@ -59,8 +59,8 @@ void check_linear(
       x.dim() >= 1 && x.size(-1) == features, "x must have shape [..., D] with D = ", features,
       "; got ", x.sizes());
   TORCH_CHECK_VALUE(
-      weight_inv.sizes() == weight.sizes(), "weight_inv must have shape [D, D] = ",
-      weight.sizes(), "; got ", weight_inv.sizes());
+      weight_inv.sizes() == weight.sizes(), "weight_inv must have shape [D, D] = ", weight.sizes(),
+      "; got ", weight_inv.sizes());
   check_bias(bias, features, "D");
   check_alike(x, "weight", weight);
   check_alike(x, "weight_inv", weight_inv);

@@ -133,7 +133,7 @@ class Flow(nn.Module):
 
     def _push(self, x: Tensor, context: Tensor | None, exact: bool) -> FlowStep:
         z, log_det, recon = x, per_sample_zeros(x), per_sample_zeros(x)
-        for bijection in self.bijections:
+        for bijection in self._steps():
             step = bijection.exact_forward(z, context) if exact else bijection(z, context)
             z = step.z
             log_det = log_det + per_sample_sum(step.log_det)

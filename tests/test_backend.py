@@ -26,7 +26,8 @@ BLOCKED = "import sys; sys.modules['snf_ext._C'] = None; "
 def test_build_info():
     info = snf_ext.build_info()
     assert {"cpp", "cuda", "cuda_archs", "torch", "version"} <= info.keys()
-    assert isinstance(info["cpp"], bool) and isinstance(info["cuda"], bool)
+    assert isinstance(info["cpp"], bool)
+    assert isinstance(info["cuda"], bool)
     assert info["version"] == snf_ext.__version__
 
 
@@ -65,7 +66,8 @@ def test_variable_chooses_the_reference_quietly():
     result = python(
         BLOCKED + "import snf_ext; print(snf_ext.backend())", SNF_EXT_BACKEND="reference"
     )
-    assert result.stdout.split() == ["reference"] and not result.stderr
+    assert result.stdout.split() == ["reference"]
+    assert not result.stderr
 
 
 def test_variable_asks_for_what_is_not_there():

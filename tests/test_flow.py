@@ -34,13 +34,13 @@ def small_flow(recon_weight=1.0):
 def test_log_prob_is_the_change_of_variables(backend):
     """Against the Jacobian of the whole flow, in training and in evaluation mode."""
     flow, x = small_flow(), torch.randn(3, 1, 4, 6, dtype=torch.float64)
-    for flow_ in (flow.train(), flow.eval()):
-        log_prob = flow_.log_prob(x)
+    for training in (True, False):
+        log_prob = flow.train(training).log_prob(x)
         for i in range(3):
             jacobian = torch.autograd.functional.jacobian(
-                lambda row: flow_(row[None]).z.flatten(), x[i]
+                lambda row: flow(row[None]).z.flatten(), x[i]
             ).reshape(24, 24)
-            z = flow_(x[i : i + 1]).z.flatten()
+            z = flow(x[i : i + 1]).z.flatten()
             base = -0.5 * (z @ z).item() - 12 * math.log(2 * math.pi)
             want = base + torch.linalg.slogdet(jacobian).logabsdet.item()
             assert abs(log_prob[i].item() - want) < 1e-8
@@ -85,7 +85,8 @@ def test_samples_and_inverse(backend):
         sample = flow.sample(4, exact=exact, temperature=0.5)
         torch.manual_seed(7)
         noise = 0.5 * torch.randn(4, 24, dtype=torch.float64)
-        assert sample.shape == (4, 1, 4, 6) and not sample.requires_grad
+        assert sample.shape == (4, 1, 4, 6)
+        assert not sample.requires_grad
         torch.testing.assert_close(sample, flow.inverse(noise, exact=exact))
 
 
@@ -94,7 +95,7 @@ def test_linear_over_leading_dimensions_sums_to_one_log_det():
     with torch.no_grad():
         flow.bijections[0].weight.mul_(1.5)
     x = torch.randn(2, 3, 4, dtype=torch.float64)
-    z, log_det, recon = flow.eval()(x)
+    _, log_det, recon = flow.eval()(x)
     assert log_det.shape == recon.shape == (2,)
     torch.testing.assert_close(log_det[0], 3 * flow.bijections[0].log_abs_det())
 
@@ -156,7 +157,9 @@ def test_fc_model(backend):
     flow.loss(images).backward()
     assert flow.log_prob(images).shape == (3,)
     sample = flow.sample(2)
-    assert sample.shape == (2, 1, 28, 28) and sample.min() >= 0 and sample.max() <= 255
+    assert sample.shape == (2, 1, 28, 28)
+    assert sample.min() >= 0
+    assert sample.max() <= 255
     small = snf_ext.models.fc((1, 8, 8), layers=3, linear="exact", levels=17)
     assert sum(p.numel() for p in small.parameters()) == 3 * (64 * 64 + 64)
     with pytest.raises(ValueError, match="linear must be one of self_norm, exact; got 'lu'"):

@@ -76,7 +76,8 @@ def test_linear_takes_any_leading_shape(backend):
     layer = SelfNormLinear(4).eval()
     for shape in ((4,), (3, 4), (2, 3, 4), (0, 4)):
         z, log_det, recon = layer(torch.randn(shape))
-        assert z.shape == shape and log_det.shape == recon.shape == shape[:-1]
+        assert z.shape == shape
+        assert log_det.shape == recon.shape == shape[:-1]
         assert layer.inverse(z, exact=True).shape == shape
 
 
@@ -115,7 +116,8 @@ def test_smooth_leaky_relu_at_the_extremes():
     f = snf_ext.SmoothLeakyReLU(0.3)
     x = torch.tensor([[-1e4, -50.0, -1e-8, 0.0, 1e-8, 30.0, 39.999, 40.001, 50.0, 1e4]]).double()
     z, log_det, _ = f(x)
-    assert torch.isfinite(z).all() and torch.isfinite(log_det).all()
+    assert torch.isfinite(z).all()
+    assert torch.isfinite(log_det).all()
     torch.testing.assert_close(f.inverse(z), x, rtol=1e-12, atol=1e-12)
 
 
@@ -133,7 +135,9 @@ def test_dequantize_stays_in_its_cell():
     z = f(images).z
     assert z.dtype == torch.float32
     noise = z - images
-    assert noise.min() >= 0 and noise.max() <= 1 and 0.4 < noise.mean() < 0.6
+    assert noise.min() >= 0
+    assert noise.max() <= 1
+    assert 0.4 < noise.mean() < 0.6
     assert torch.equal(f.inverse(z), images.float())
     assert f.inverse(torch.tensor([[-3.0, 300.0]])).tolist() == [[0.0, 255.0]]
 

@@ -168,7 +168,8 @@ def test_empty_batch(case, backend):
     x, *rest = case.tensors()
     leaves = [t.requires_grad_() for t in (x[:0], *rest)]
     z, log_det, recon = function_of(case, backend)(*leaves)
-    assert z.shape == leaves[0].shape and log_det.shape == recon.shape == (0,)
+    assert z.shape == leaves[0].shape
+    assert log_det.shape == recon.shape == (0,)
     (z.sum() + log_det.sum() + recon.sum()).backward()
     assert all(not leaf.grad.any() for leaf in leaves[1:])
 
@@ -210,7 +211,8 @@ def test_half_precision_accumulates_in_float32(case, dtype, backend):
     function = function_of(case, backend)
     leaves = [t.requires_grad_() for t in tensors]
     z, log_det, recon = function(*leaves)
-    assert z.dtype == dtype and log_det.dtype == recon.dtype == torch.float32
+    assert z.dtype == dtype
+    assert log_det.dtype == recon.dtype == torch.float32
     got = torch.autograd.grad(
         (z, log_det, recon), leaves, [grads[0], *(g.float() for g in grads[1:])]
     )
@@ -242,9 +244,9 @@ def test_autocast_computes_in_float32(case, backend):
 @pytest.mark.parametrize("case", SOME, ids=ids)
 def test_double_backward_is_refused(case, backend):
     leaves = [t.requires_grad_() for t in case.tensors()]
-    z, log_det, recon = function_of(case, backend)(*leaves)
+    z, _, recon = function_of(case, backend)(*leaves)
     (grad,) = torch.autograd.grad((z.square().sum() + recon.sum()), leaves[1], create_graph=True)
-    with pytest.raises(NotImplementedError, match="double backward .* is not supported"):
+    with pytest.raises(NotImplementedError, match=r"double backward .* is not supported"):
         grad.sum().backward()
 
 
@@ -271,7 +273,7 @@ def test_opcheck_of_the_inner_operators(case, mask, device):
     backward = getattr(ops, f"{case.op}_backward").default
     arguments = (x, weight, weight_inv, bias, *rest)
     torch.library.opcheck(forward, arguments)
-    z, recon, residual = forward(*arguments)
+    z, _, residual = forward(*arguments)
     torch.library.opcheck(backward, (*grads, x, z, residual, weight, weight_inv, bias, *rest, mask))
 
 
@@ -282,7 +284,9 @@ def test_meta(case):
     z, log_det, recon = case.native(*tensors)
     want = case.native(*case.tensors(torch.float32))
     for a, b in zip((z, log_det, recon), want, strict=True):
-        assert a.is_meta and a.shape == b.shape and a.dtype == b.dtype
+        assert a.is_meta
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
 
 
 def bad_arguments():
@@ -394,7 +398,7 @@ def test_cpu_only_build_explains_cuda_tensors():
     x, w = torch.randn(2, 3), torch.eye(3)
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     op = torch.ops.snf_ext.snf_linear_forward.default
-    with pytest.raises(NotImplementedError, match="built for the CPU only.*FORCE_CUDA=1"):
+    with pytest.raises(NotImplementedError, match=r"built for the CPU only.*FORCE_CUDA=1"):
         op.redispatch(keys, x, w, w, None)
 
 

@@ -11,6 +11,7 @@
 #include "../check.h"
 #include "../multiplicity.h"
 #include "conv2d_kernel.h"
+#include "pooled_memory.h"
 #include "precision.h"
 
 namespace snf {
@@ -22,24 +23,41 @@ Conv2dShape shape_of(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, int64_t dilation,
     int64_t groups, bool circular) {
   return {
-      x.size(1), groups, x.size(2), x.size(3), dilation, circular,
-      {weight.size(2), weight.size(3)}, {weight_inv.size(2), weight_inv.size(3)}};
+      x.size(1),
+      groups,
+      x.size(2),
+      x.size(3),
+      dilation,
+      circular,
+      {weight.size(2), weight.size(3)},
+      {weight_inv.size(2), weight_inv.size(3)}};
+}
+
+// The taps of a kernel that can reach a pixel: zero padding alone would meet the others.
+Tensor reaching(const Tensor& kernel, const Tensor& x, int64_t dilation, bool circular) {
+  if (circular) return kernel;
+  const auto cut = [&](const Tensor& k, int64_t axis) {
+    const int64_t reach = std::min(k.size(axis) / 2, (x.size(axis) - 1) / dilation);
+    return k.narrow(axis, k.size(axis) / 2 - reach, 2 * reach + 1);
+  };
+  return cut(cut(kernel, 2), 3);
 }
 
 // A kernel in the order of the inner loops, and where its taps are.
 template <typename T>
 struct Packed {
   Packed(
-      const Conv2dPath<T>& path, const Conv2dShape& shape, const Plane& plane,
-      const Tensor& kernel, KernelSize size, bool flipped)
-      : values(path.packed_size(shape, size.taps())), offsets(tap_offsets(shape, plane, size)) {
+      const Conv2dPath<T>& path, const Conv2dShape& shape, const Plane& plane, const Tensor& kernel,
+      KernelSize size, bool flipped)
+      : size(size),
+        values(path.packed_size(shape, size.taps())),
+        offsets(tap_offsets(shape, plane, size)) {
     path.pack(shape, plane, kernel.const_data_ptr<T>(), size.taps(), flipped, values.data());
   }
-  PackedKernel<T> view() const {
-    return {values.data(), offsets.data(), static_cast<int64_t>(offsets.size())};
-  }
+  PackedKernel<T> view() const { return {values.data(), offsets.data(), size}; }
 
  private:
+  KernelSize size;
   std::vector<T> values;
   std::vector<int64_t> offsets;
 };
@@ -53,21 +71,28 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
     int64_t dilation, int64_t groups, bool circular) {
   check_conv2d(x, weight, weight_inv, bias, dilation, groups);
-  const Tensor in = wide(x), w = wide(weight), r = wide(weight_inv);
+  const Tensor in = wide(x), w = wide(reaching(weight, x, dilation, circular)),
+               r = wide(reaching(weight_inv, x, dilation, circular));
   const OptionalTensor c = wide(bias);
   const int64_t batch = x.size(0);
   Tensor z = at::empty(in.sizes(), in.options()), residual = at::empty(in.sizes(), in.options());
   Tensor recon = at::empty({batch}, in.options());
-  const Conv2dShape shape = shape_of(x, weight, weight_inv, dilation, groups, circular);
+  const Conv2dShape shape = shape_of(x, w, r, dilation, groups, circular);
   AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "snf_conv2d_forward", [&] {
     const Plane plane(shape);
     const Conv2dPath<scalar_t>& path = conv2d_path<scalar_t>(shape, plane);
     const Packed<scalar_t> packed_w(path, shape, plane, w, shape.weight, false);
     const Packed<scalar_t> packed_r(path, shape, plane, r, shape.inverse, false);
     const Conv2dForward<scalar_t> step = {
-        shape, plane, packed_w.view(), packed_r.view(), in.const_data_ptr<scalar_t>(),
-        data_or_null<scalar_t>(c), z.mutable_data_ptr<scalar_t>(),
-        residual.mutable_data_ptr<scalar_t>(), recon.mutable_data_ptr<scalar_t>()};
+        shape,
+        plane,
+        packed_w.view(),
+        packed_r.view(),
+        in.const_data_ptr<scalar_t>(),
+        data_or_null<scalar_t>(c),
+        z.mutable_data_ptr<scalar_t>(),
+        residual.mutable_data_ptr<scalar_t>(),
+        recon.mutable_data_ptr<scalar_t>()};
     at::parallel_for(
         0, batch, 1, [&](int64_t begin, int64_t end) { path.forward(step, begin, end); });
   });
@@ -114,7 +139,7 @@ void add_inverse_term(
 // result does not depend on the number of threads.
 int64_t part_count(int64_t batch, int64_t elements) {
   const int64_t most = std::clamp<int64_t>((int64_t{1} << 23) / elements, 4, 64);
-  return std::min(most, std::max(std::min<int64_t>(batch, 16), batch / 8));
+  return std::clamp<int64_t>(std::max(std::min<int64_t>(batch, 16), batch / 8), 1, most);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
@@ -124,16 +149,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     bool circular, std::array<bool, 4> mask) {
   const auto type = x.scalar_type();
   const Tensor dz = wide(grad_z), in = wide(x), out = wide(z);
-  const Tensor w = wide(weight), r = wide(weight_inv);
+  const Tensor w = wide(reaching(weight, x, dilation, circular)),
+               r = wide(reaching(weight_inv, x, dilation, circular));
   const OptionalTensor c = wide(bias), q = per_sample(grad_recon, in.scalar_type());
   const int64_t batch = x.size(0);
-  const Conv2dShape shape = shape_of(x, weight, weight_inv, dilation, groups, circular);
+  const Conv2dShape shape = shape_of(x, w, r, dilation, groups, circular);
   const double half_total = 0.5 * total(grad_log_det);
   const auto allocate = [&](bool wanted, at::IntArrayRef size) {
     return wanted ? at::empty(size, in.options()) : at::empty({0}, in.options());
   };
-  Tensor dx = allocate(mask[0], x.sizes()), dw = allocate(mask[1], weight.sizes());
-  Tensor dr = allocate(mask[2], weight_inv.sizes());
+  Tensor dx = allocate(mask[0], x.sizes()), dw = allocate(mask[1], w.sizes());
+  Tensor dr = allocate(mask[2], r.sizes());
   if (mask[0] || mask[1] || mask[2])
     AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "snf_conv2d_backward", [&] {
       const Plane plane(shape);
@@ -141,27 +167,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       const Packed<scalar_t> packed_w(path, shape, plane, w, shape.weight, true);
       const Packed<scalar_t> packed_r(path, shape, plane, r, shape.inverse, true);
       const Conv2dBackward<scalar_t> step = {
-          shape, plane, packed_w.view(), packed_r.view(), dz.const_data_ptr<scalar_t>(),
-          data_or_null<scalar_t>(q), in.const_data_ptr<scalar_t>(), out.const_data_ptr<scalar_t>(),
-          data_or_null<scalar_t>(c), residual.const_data_ptr<scalar_t>(),
-          mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr, mask[1], mask[2]};
-      const int64_t size = dw.numel() + dr.numel(), parts = part_count(batch, w.numel() + r.numel());
-      std::vector<scalar_t> sums(parts * size);
+          shape,
+          plane,
+          packed_w.view(),
+          packed_r.view(),
+          dz.const_data_ptr<scalar_t>(),
+          data_or_null<scalar_t>(q),
+          in.const_data_ptr<scalar_t>(),
+          out.const_data_ptr<scalar_t>(),
+          data_or_null<scalar_t>(c),
+          residual.const_data_ptr<scalar_t>(),
+          mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr,
+          mask[1],
+          mask[2]};
+      const int64_t size_w = mask[1] ? path.gradient_size(shape, shape.weight.taps()) : 0;
+      const int64_t size_r = mask[2] ? path.gradient_size(shape, shape.inverse.taps()) : 0;
+      const int64_t size = size_w + size_r, parts = part_count(batch, w.numel() + r.numel());
+      Tensor buffer = pooled_empty({parts, size}, in.options());
+      scalar_t* sums = buffer.mutable_data_ptr<scalar_t>();
       at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
         for (int64_t part = begin; part < end; ++part) {
-          scalar_t* own = sums.data() + part * size;
-          path.backward(step, batch * part / parts, batch * (part + 1) / parts, own, own + dw.numel());
+          scalar_t* own = sums + part * size;
+          std::fill_n(own, size, scalar_t(0));
+          path.backward(step, batch * part / parts, batch * (part + 1) / parts, own, own + size_w);
         }
+      });
+      at::parallel_for(0, size, 1 << 12, [&](int64_t begin, int64_t end) {
+        for (int64_t part = 1; part < parts; ++part)
+          for (int64_t i = begin; i < end; ++i) sums[i] += sums[part * size + i];
       });
       scalar_t* grad_w = dw.mutable_data_ptr<scalar_t>();
       scalar_t* grad_r = dr.mutable_data_ptr<scalar_t>();
-      at::parallel_for(0, size, 1 << 14, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          scalar_t sum = 0;
-          for (int64_t part = 0; part < parts; ++part) sum += sums[part * size + i];
-          (i < dw.numel() ? grad_w[i] : grad_r[i - dw.numel()]) = sum;
-        }
-      });
+      if (mask[1]) path.unpack(shape, shape.weight.taps(), sums, grad_w);
+      if (mask[2]) path.unpack(shape, shape.inverse.taps(), sums + size_w, grad_r);
       if (mask[1])
         add_inverse_term(
             shape, r.const_data_ptr<scalar_t>(), shape.inverse, shape.weight, half_total, grad_w);
@@ -170,7 +208,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
             shape, w.const_data_ptr<scalar_t>(), shape.weight, shape.inverse, -half_total, grad_r);
     });
   Tensor dc = mask[3] ? dz.sum({0, 2, 3}) : at::empty({0}, in.options());
-  return {dx.to(type), dw.to(type), dr.to(type), dc.to(type)};
+  const auto whole = [&](const Tensor& grad, const Tensor& kernel) {
+    if (grad.numel() == 0 || grad.sizes() == kernel.sizes()) return grad;
+    Tensor full = at::zeros(kernel.sizes(), grad.options());
+    reaching(full, x, dilation, circular).copy_(grad);
+    return full;
+  };
+  return {dx.to(type), whole(dw, weight).to(type), whole(dr, weight_inv).to(type), dc.to(type)};
 }
 
 }  // namespace

@@ -8,7 +8,8 @@
 #define SNF_ACCUMULATORS 24
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))), apply_to = function)
 #include "conv2d_vector.inl"
 #include "conv2d_pixels.inl"
 #include "conv2d_channels.inl"

@@ -35,9 +35,9 @@ void pack(
     for (int64_t tap = 0; tap < taps; ++tap)
       for (int64_t i = 0; i < width; ++i)
         for (int64_t o = 0; o < padded; ++o)
-          *out++ = o >= width  ? T(0)
-                   : flipped ? kernel[(i * width + o) * taps + taps - 1 - tap]
-                             : kernel[(o * width + i) * taps + tap];
+          *out++ = o >= width ? T(0)
+                   : flipped  ? kernel[(i * width + o) * taps + taps - 1 - tap]
+                              : kernel[(o * width + i) * taps + tap];
 }
 
 // kPixels neighbours of one row: out = scale * start + sum of taps; start may be null for 0.
@@ -80,23 +80,52 @@ ConvolveBlock<T> convolve_block_of(int64_t pixels) {
   return convolve_block<T, kVectors, kPixels>;
 }
 
-// out = scale * start + kernel * in, on the pixels of padded planes.
+// How many rows below the centre a tap lies.
+inline int64_t tap_row(const Conv2dShape& shape, KernelSize size, int64_t tap) {
+  return (tap / size.columns - size.rows / 2) * shape.dilation;
+}
+
+// The rows of an image from which a tap `down` rows below is still inside it.
+struct Inside {
+  int64_t begin, end;
+  Inside(const Conv2dShape& shape, int64_t down)
+      : begin(shape.circular || down > 0 ? 0 : -down),
+        end(shape.circular || down < 0 ? shape.height : shape.height - down) {}
+  bool holds(int64_t row) const { return row >= begin && row < end; }
+};
+
+// out = scale * start + kernel * in, on the pixels of padded planes. Taps are taken in portions
+// whose weights stay in the first-level cache while they go over the image, and rows of taps that
+// fall outside the image are left out, which is much of the work when the image is small.
 template <typename T, int kVectors>
 void convolve(
     const Conv2dShape& shape, const Plane& plane, const T* weight, const PackedKernel<T>& kernel,
     const T* in, const T* start, T scale, T* out) {
   constexpr int64_t padded = kVectors * Lanes<T>::count;
   const Parts spans(shape.width, kMaxPixels<kVectors>);
-  int64_t column = 0;
-  for (int64_t span = 0; span < spans.count; ++span) {
-    const ConvolveBlock<T> block = convolve_block_of<T, kVectors>(spans[span]);
+  const KernelSize size = kernel.size;
+  const int64_t tap_size = shape.per_group() * padded;
+  const int64_t fit = (16 << 10) / (tap_size * static_cast<int64_t>(sizeof(T)));
+  const Parts portions(size.taps(), fit < 1 ? 1 : fit);
+  int64_t done = 0;
+  for (int64_t portion = 0; portion < portions.count; done += portions[portion], ++portion) {
     for (int64_t row = 0; row < shape.height; ++row) {
-      const int64_t at = (plane.lead + row * plane.pitch + column) * padded;
-      block(
-          in + at, shape.per_group(), weight, kernel.offsets, kernel.taps,
-          start == nullptr ? nullptr : start + at, scale, out + at);
+      int64_t first = done, last = done + portions[portion];
+      const auto outside = [&](int64_t tap) {
+        return !Inside(shape, tap_row(shape, size, tap)).holds(row);
+      };
+      while (first < last && outside(first)) ++first;
+      while (first < last && outside(last - 1)) --last;
+      if (portion > 0 && first == last) continue;
+      int64_t column = 0;
+      for (int64_t span = 0; span < spans.count; column += spans[span], ++span) {
+        const int64_t at = (plane.lead + row * plane.pitch + column) * padded;
+        const T* from = portion > 0 ? out + at : start == nullptr ? nullptr : start + at;
+        convolve_block_of<T, kVectors>(spans[span])(
+            in + at, shape.per_group(), weight + first * tap_size, kernel.offsets + first,
+            last - first, from, portion > 0 ? T(1) : scale, out + at);
+      }
     }
-    column += spans[span];
   }
 }
 
@@ -109,50 +138,54 @@ constexpr int inputs_together() {
 }
 
 template <typename T, int kVectors>
-inline int64_t gradient_size(const Conv2dShape& shape, int64_t taps) {
+inline int64_t group_gradient_size(const Conv2dShape& shape, int64_t taps) {
   constexpr int64_t step = inputs_together<kVectors>();
   const int64_t inputs = (shape.per_group() + step - 1) / step * step;
   return taps * inputs * kVectors * Lanes<T>::count;
 }
 
-// grad += weight gradient of one image, in packed order with the input channels rounded up.
+// grad += weight gradient of several images `stride` apart, in packed order with the input channels
+// rounded up.
 template <typename T, int kVectors>
 void correlate(
     const Conv2dShape& shape, const Plane& plane, const PackedKernel<T>& kernel, const T* delta,
-    const T* in, T* grad) {
+    const T* in, int64_t images, int64_t stride, T* grad) {
   using Vector = typename Lanes<T>::Vector;
   constexpr int64_t lanes = Lanes<T>::count, padded = kVectors * lanes;
   constexpr int kInputs = inputs_together<kVectors>();
-  for (int64_t tap = 0; tap < kernel.taps; ++tap)
+  for (int64_t tap = 0; tap < kernel.size.taps(); ++tap) {
+    const Inside rows(shape, tap_row(shape, kernel.size, tap));
     for (int64_t i = 0; i < shape.per_group(); i += kInputs, grad += kInputs * padded) {
       Vector sum[kInputs][kVectors];
       for (int j = 0; j < kInputs; ++j)
         for (int v = 0; v < kVectors; ++v) sum[j][v] = load(grad + j * padded + v * lanes);
-      for (int64_t row = 0; row < shape.height; ++row) {
-        const int64_t at = (plane.lead + row * plane.pitch) * padded;
-        const T* d = delta + at;
-        const T* x = in + at + kernel.offsets[tap] * padded + i;
-        for (int64_t column = 0; column < shape.width; ++column, d += padded, x += padded) {
-          Vector deltas[kVectors];
-          for (int v = 0; v < kVectors; ++v) deltas[v] = load(d + v * lanes);
-          for (int j = 0; j < kInputs; ++j)
-            for (int v = 0; v < kVectors; ++v) sum[j][v] += x[j] * deltas[v];
+      for (int64_t image = 0; image < images; ++image)
+        for (int64_t row = rows.begin; row < rows.end; ++row) {
+          const int64_t at = image * stride + (plane.lead + row * plane.pitch) * padded;
+          const T* d = delta + at;
+          const T* x = in + at + kernel.offsets[tap] * padded + i;
+          for (int64_t column = 0; column < shape.width; ++column, d += padded, x += padded) {
+            Vector deltas[kVectors];
+            for (int v = 0; v < kVectors; ++v) deltas[v] = load(d + v * lanes);
+            for (int j = 0; j < kInputs; ++j)
+              for (int v = 0; v < kVectors; ++v) sum[j][v] += x[j] * deltas[v];
+          }
         }
-      }
       for (int j = 0; j < kInputs; ++j)
         for (int v = 0; v < kVectors; ++v) store(grad + j * padded + v * lanes, sum[j][v]);
     }
+  }
 }
 
-// Kernel-shaped += packed, for one group.
+// Packed order to the kernel's.
 template <typename T, int kVectors>
-void unpack_gradient(const Conv2dShape& shape, int64_t taps, const T* packed, T* grad) {
+void unpack_groups(const Conv2dShape& shape, int64_t taps, const T* packed, T* grad) {
   constexpr int64_t padded = kVectors * Lanes<T>::count, step = inputs_together<kVectors>();
   const int64_t width = shape.per_group(), inputs = (width + step - 1) / step * step;
-  for (int64_t o = 0; o < width; ++o)
-    for (int64_t i = 0; i < width; ++i)
-      for (int64_t tap = 0; tap < taps; ++tap)
-        grad[(o * width + i) * taps + tap] += packed[(tap * inputs + i) * padded + o];
+  for (int64_t group = 0; group < shape.groups; ++group, packed += taps * inputs * padded)
+    for (int64_t o = 0; o < width; ++o)
+      for (int64_t i = 0; i < width; ++i)
+        for (int64_t tap = 0; tap < taps; ++tap) *grad++ = packed[(tap * inputs + i) * padded + o];
 }
 
 // Wraps the image around a circular plane; a zero-padded one keeps the zeros it was made with.
@@ -162,8 +195,7 @@ void fill_halo(const Conv2dShape& shape, const Plane& plane, int64_t padded, T* 
   const int64_t rows = plane.halo_rows, columns = plane.halo_columns;
   for (int64_t row = -rows; row < shape.height + rows; ++row)
     for (int64_t column = -columns; column < shape.width + columns; ++column) {
-      const bool inside =
-          row >= 0 && row < shape.height && column >= 0 && column < shape.width;
+      const bool inside = row >= 0 && row < shape.height && column >= 0 && column < shape.width;
       if (inside) continue;
       const int64_t from = wrap(row, shape.height) * plane.pitch + wrap(column, shape.width);
       T* to = planes + (plane.lead + row * plane.pitch + column) * padded;
@@ -229,13 +261,13 @@ void forward_images(const Conv2dForward<T>& step, int64_t begin, int64_t end) {
       const int64_t kernel = group * width * padded;
       load_image<T>(shape, plane, padded, step.x + at, T(1), nullptr, x);
       convolve<T, kVectors>(
-          shape, plane, step.weight.values + kernel * step.weight.taps, step.weight, x, nullptr,
-          T(0), y);
+          shape, plane, step.weight.values + kernel * step.weight.size.taps(), step.weight, x,
+          nullptr, T(0), y);
       fill_halo(shape, plane, padded, y);
       const T* bias = step.bias == nullptr ? nullptr : step.bias + group * width;
       store_image(shape, plane, padded, y, bias, step.z + at);
       convolve<T, kVectors>(
-          shape, plane, step.inverse.values + kernel * step.inverse.taps, step.inverse, y, x,
+          shape, plane, step.inverse.values + kernel * step.inverse.size.taps(), step.inverse, y, x,
           T(-1), e);
       store_image<T>(shape, plane, padded, e, nullptr, step.residual + at);
       recon += sum_of_squares(step.residual + at, group_size);
@@ -252,59 +284,63 @@ void backward_images(
   constexpr int64_t padded = kVectors * Lanes<T>::count;
   const int64_t volume = plane.size * padded, width = shape.per_group();
   const int64_t group_size = width * shape.pixels();
-  const int64_t taps_w = step.weight_flipped.taps, taps_r = step.inverse_flipped.taps;
-  const int64_t size_w = gradient_size<T, kVectors>(shape, taps_w);
-  const int64_t size_r = gradient_size<T, kVectors>(shape, taps_r);
+  const int64_t taps_w = step.weight_flipped.size.taps(), taps_r = step.inverse_flipped.size.taps();
+  const int64_t size_w = group_gradient_size<T, kVectors>(shape, taps_w);
+  const int64_t size_r = group_gradient_size<T, kVectors>(shape, taps_r);
+  const int64_t together =
+      images_together<T>((64 + shape.pixels() - 1) / shape.pixels(), 4 * volume, end - begin);
   const bool want_dx = step.grad_x != nullptr || step.want_inverse;
   const bool penalty = step.grad_recon != nullptr;
 
-  const int64_t planes = 6 * volume + kSlack;
-  T* dz = workspace<T>(planes + size_w + size_r);
-  T *pull = dz + volume, *x = pull + volume, *y = x + volume;
-  T *dx = y + volume, *delta = dx + volume;
-  T *packed_w = dz + planes, *packed_r = packed_w + size_w;
+  const int64_t planes = (2 + 4 * together) * volume + kSlack;
+  T* dz = workspace<T>(planes);
+  T *pull = dz + volume, *x = pull + volume, *y = x + together * volume;
+  T *delta_w = y + together * volume, *delta_r = delta_w + together * volume;
   clear(dz, planes);
   for (int64_t group = 0; group < shape.groups; ++group) {
     const int64_t kernel = group * width * padded;
-    clear(packed_w, size_w + size_r);
-    for (int64_t image = begin; image < end; ++image) {
-      const int64_t at = (image * shape.groups + group) * group_size;
-      load_image<T>(shape, plane, padded, step.grad_z + at, T(1), nullptr, dz);
-      if (penalty)
-        load_image<T>(
-            shape, plane, padded, step.residual + at, T(2) * step.grad_recon[image], nullptr,
-            pull);
-      if (want_dx) {
-        convolve<T, kVectors>(
-            shape, plane, step.weight_flipped.values + kernel * taps_w, step.weight_flipped, dz,
-            nullptr, T(0), dx);
-        if (step.grad_x != nullptr)
-          store_image<T>(shape, plane, padded, dx, nullptr, step.grad_x + at);
-      }
-      if (step.want_weight) {
+    const T* bias = step.bias == nullptr ? nullptr : step.bias + group * width;
+    for (int64_t first = begin; first < end; first += together) {
+      const int64_t images = end - first < together ? end - first : together;
+      for (int64_t k = 0; k < images; ++k) {
+        const int64_t image = first + k, at = (image * shape.groups + group) * group_size;
+        T *own_w = delta_w + k * volume, *own_r = delta_r + k * volume;
+        load_image<T>(shape, plane, padded, step.grad_z + at, T(1), nullptr, dz);
         if (penalty)
+          load_image<T>(
+              shape, plane, padded, step.residual + at, T(2) * step.grad_recon[image], nullptr,
+              pull);
+        if (want_dx) {
           convolve<T, kVectors>(
-              shape, plane, step.inverse_flipped.values + kernel * taps_r, step.inverse_flipped,
-              pull, dz, T(0.5), delta);
-        else
-          for (int64_t i = 0; i < volume; ++i) delta[i] = T(0.5) * dz[i];
-        load_image<T>(shape, plane, padded, step.x + at, T(1), nullptr, x);
-        correlate<T, kVectors>(shape, plane, step.weight_flipped, delta, x, packed_w);
+              shape, plane, step.weight_flipped.values + kernel * taps_w, step.weight_flipped, dz,
+              nullptr, T(0), own_r);
+          if (step.grad_x != nullptr)
+            store_image<T>(shape, plane, padded, own_r, nullptr, step.grad_x + at);
+        }
+        if (step.want_weight) {
+          if (penalty)
+            convolve<T, kVectors>(
+                shape, plane, step.inverse_flipped.values + kernel * taps_r, step.inverse_flipped,
+                pull, dz, T(0.5), own_w);
+          else
+            for (int64_t i = 0; i < volume; ++i) own_w[i] = T(0.5) * dz[i];
+          load_image<T>(shape, plane, padded, step.x + at, T(1), nullptr, x + k * volume);
+        }
+        if (step.want_inverse) {
+          for (int64_t i = 0; i < volume; ++i)
+            own_r[i] = (penalty ? pull[i] : T(0)) - T(0.5) * own_r[i];
+          load_image<T>(shape, plane, padded, step.z + at, T(1), bias, y + k * volume);
+        }
       }
-      if (step.want_inverse) {
-        for (int64_t i = 0; i < volume; ++i)
-          dx[i] = (penalty ? pull[i] : T(0)) - T(0.5) * dx[i];
-        const T* bias = step.bias == nullptr ? nullptr : step.bias + group * width;
-        load_image<T>(shape, plane, padded, step.z + at, T(1), bias, y);
-        correlate<T, kVectors>(shape, plane, step.inverse_flipped, dx, y, packed_r);
-      }
+      if (step.want_weight)
+        correlate<T, kVectors>(
+            shape, plane, step.weight_flipped, delta_w, x, images, volume, grad_weight);
+      if (step.want_inverse)
+        correlate<T, kVectors>(
+            shape, plane, step.inverse_flipped, delta_r, y, images, volume, grad_inverse);
     }
-    if (step.want_weight)
-      unpack_gradient<T, kVectors>(
-          shape, taps_w, packed_w, grad_weight + group * width * width * taps_w);
-    if (step.want_inverse)
-      unpack_gradient<T, kVectors>(
-          shape, taps_r, packed_r, grad_inverse + group * width * width * taps_r);
+    grad_weight += step.want_weight ? size_w : 0;
+    grad_inverse += step.want_inverse ? size_r : 0;
   }
 }
 
@@ -330,7 +366,28 @@ void backward(
 }
 
 template <typename T>
-constexpr Conv2dPath<T> path = {packed_size<T>, pack<T>, forward<T>, backward<T>};
+int64_t gradient_size(const Conv2dShape& shape, int64_t taps) {
+  switch (vector_count<T>(shape)) {
+    case 1: return shape.groups * group_gradient_size<T, 1>(shape, taps);
+    case 2: return shape.groups * group_gradient_size<T, 2>(shape, taps);
+    case 3: return shape.groups * group_gradient_size<T, 3>(shape, taps);
+    default: return shape.groups * group_gradient_size<T, 4>(shape, taps);
+  }
+}
+
+template <typename T>
+void unpack(const Conv2dShape& shape, int64_t taps, const T* packed, T* grad) {
+  switch (vector_count<T>(shape)) {
+    case 1: return unpack_groups<T, 1>(shape, taps, packed, grad);
+    case 2: return unpack_groups<T, 2>(shape, taps, packed, grad);
+    case 3: return unpack_groups<T, 3>(shape, taps, packed, grad);
+    default: return unpack_groups<T, 4>(shape, taps, packed, grad);
+  }
+}
+
+template <typename T>
+constexpr Conv2dPath<T> path = {packed_size<T>, pack<T>,          forward<T>,
+                                backward<T>,    gradient_size<T>, unpack<T>};
 
 }  // namespace channels
 }  // namespace SNF_ISA

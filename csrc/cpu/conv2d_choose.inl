@@ -4,19 +4,18 @@ namespace snf {
 namespace SNF_ISA {
 
 // The share of lanes that do useful work decides, times the share of the peak that each family
-// reaches with full lanes (about 0.95 and 0.8, measured). Channel vectors also pay for transposing
-// every image, which a 1x1 kernel does not earn back.
+// reaches with full lanes (measured). Channel vectors pay for transposing every image, which weighs
+// most where a kernel has one tap.
 template <typename T>
 const Conv2dPath<T>& choose(const Conv2dShape& shape, const Plane& plane) {
   const int64_t vectors = channels::vector_count<T>(shape);
-  const double along_channels =
-      0.95 * static_cast<double>(shape.per_group()) / static_cast<double>(vectors * Lanes<T>::count);
+  if (vectors > channels::kMaxVectors) return pixels::path<T>;
+  const bool one_tap = shape.weight.taps() * shape.inverse.taps() == 1;
+  const double along_channels = (one_tap ? 0.5 : 0.95) * static_cast<double>(shape.per_group()) /
+                                static_cast<double>(vectors * Lanes<T>::count);
   const double along_pixels =
       0.8 * static_cast<double>(shape.pixels()) / static_cast<double>(plane.length);
-  const bool by_channels = vectors <= channels::kMaxVectors &&
-                           shape.weight.taps() * shape.inverse.taps() > 1 &&
-                           along_channels > along_pixels;
-  return by_channels ? channels::path<T> : pixels::path<T>;
+  return along_channels > along_pixels ? channels::path<T> : pixels::path<T>;
 }
 
 const Conv2dPath<float>& choose_float(const Conv2dShape& shape, const Plane& plane) {

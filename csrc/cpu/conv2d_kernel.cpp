@@ -49,8 +49,8 @@ T* workspace(int64_t elements) {
     Aligned{}(buffer.data);
     buffer.data = nullptr;
     buffer.capacity = 0;
-    buffer.data = static_cast<T*>(::operator new(
-        static_cast<std::size_t>(elements) * sizeof(T), std::align_val_t{64}));
+    buffer.data = static_cast<T*>(
+        ::operator new(static_cast<std::size_t>(elements) * sizeof(T), std::align_val_t{64}));
     buffer.capacity = elements;
   }
   return buffer.data;
@@ -59,8 +59,8 @@ T* workspace(int64_t elements) {
 template float* workspace<float>(int64_t);
 template double* workspace<double>(int64_t);
 
-#define SNF_DECLARE(isa)                                                             \
-  namespace isa {                                                                    \
+#define SNF_DECLARE(isa)                                                                 \
+  namespace isa {                                                                        \
   const Conv2dPath<float>& choose_float(const Conv2dShape& shape, const Plane& plane);   \
   const Conv2dPath<double>& choose_double(const Conv2dShape& shape, const Plane& plane); \
   }

@@ -45,7 +45,7 @@ template <typename T>
 struct PackedKernel {
   const T* values;
   const int64_t* offsets;  // of each tap in a plane
-  int64_t taps;
+  KernelSize size;
 };
 
 template <typename T>
@@ -88,9 +88,12 @@ struct Conv2dPath {
       const Conv2dShape&, const Plane&, const T* kernel, int64_t taps, bool flipped, T* out);
   // Images [begin, end).
   void (*forward)(const Conv2dForward<T>&, int64_t begin, int64_t end);
-  // Adds the images' weight gradients to grad_weight and grad_inverse (shaped as the kernels).
+  // Adds the images' weight gradients to grad_weight and grad_inverse, each of gradient_size
+  // numbers in an order of the family's own; `unpack` brings them into the kernel's.
   void (*backward)(
       const Conv2dBackward<T>&, int64_t begin, int64_t end, T* grad_weight, T* grad_inverse);
+  int64_t (*gradient_size)(const Conv2dShape&, int64_t taps);
+  void (*unpack)(const Conv2dShape&, int64_t taps, const T* packed, T* grad);
 };
 
 // The family that suits a shape on this processor.

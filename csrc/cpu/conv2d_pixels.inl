@@ -116,7 +116,7 @@ template <typename T>
 void convolve(
     const Conv2dShape& shape, const Plane& plane, const PackedKernel<T>& kernel, const T* in,
     const T* start, T scale, T* out) {
-  const int64_t width = shape.per_group(), taps = kernel.taps;
+  const int64_t width = shape.per_group(), taps = kernel.size.taps();
   const Parts spans = runs<T>(plane), blocks = outputs<T>(shape, plane);
   const T* weight = kernel.values;
   for (int64_t group = 0; group < shape.groups; ++group) {
@@ -203,7 +203,7 @@ template <typename T>
 void correlate(
     const Conv2dShape& shape, const Plane& plane, const PackedKernel<T>& kernel, const T* delta,
     const T* in, int64_t images, T* grad) {
-  const int64_t taps = kernel.taps;
+  const int64_t taps = kernel.size.taps();
   const int64_t* offsets = kernel.offsets;
   const int64_t width = shape.per_group(), stride = shape.channels * plane.size;
   const int64_t pairs = width * taps;
@@ -299,8 +299,8 @@ void store_image(
   }
 }
 
-// Zeros around the computed run of each plane. Loading an image and clearing its gaps does the rest,
-// so this is needed once for a buffer.
+// Zeros around the computed run of each plane. Loading an image and clearing its gaps does the
+// rest, so this is needed once for a buffer.
 template <typename T>
 void clear_surroundings(const Plane& plane, T* planes, int64_t count) {
   for (int64_t p = 0; p < count; ++p, planes += plane.size) {
@@ -329,25 +329,15 @@ void forward(const Conv2dForward<T>& step, int64_t begin, int64_t end) {
   }
 }
 
-// Images whose weight gradients are taken together, so that the sum over lanes at the end of an
-// inner loop is small beside it, while all their planes stay in the second-level cache.
-template <typename T>
-int64_t images_together(const Plane& plane, int64_t volume, int64_t most) {
-  const int64_t vectors = plane.length / Lanes<T>::count;
-  const int64_t wanted = (64 + vectors - 1) / vectors;
-  const int64_t fit = (512 << 10) / (4 * volume * static_cast<int64_t>(sizeof(T)));
-  int64_t n = wanted < fit ? wanted : fit;
-  n = n < most ? n : most;
-  return n < 1 ? 1 : n;
-}
-
 template <typename T>
 void backward(
     const Conv2dBackward<T>& step, int64_t begin, int64_t end, T* grad_weight, T* grad_inverse) {
   const Conv2dShape& shape = step.shape;
   const Plane& plane = step.plane;
   const int64_t volume = shape.channels * plane.size, image_size = shape.channels * shape.pixels();
-  const int64_t together = images_together<T>(plane, volume, end - begin);
+  const int64_t vectors = plane.length / Lanes<T>::count;
+  const int64_t together =
+      images_together<T>((64 + vectors - 1) / vectors, 4 * volume, end - begin);
   const bool want_dx = step.grad_x != nullptr || step.want_inverse;
   const bool penalty = step.grad_recon != nullptr;
 
@@ -389,11 +379,9 @@ void backward(
       }
     }
     if (step.want_weight)
-      correlate<T>(
-          shape, plane, step.weight_flipped, delta_w, x, images, grad_weight);
+      correlate<T>(shape, plane, step.weight_flipped, delta_w, x, images, grad_weight);
     if (step.want_inverse)
-      correlate<T>(
-          shape, plane, step.inverse_flipped, delta_r, y, images, grad_inverse);
+      correlate<T>(shape, plane, step.inverse_flipped, delta_r, y, images, grad_inverse);
   }
 }
 
@@ -402,8 +390,15 @@ int64_t packed_size(const Conv2dShape& shape, int64_t taps) {
   return shape.channels * shape.per_group() * taps;
 }
 
+// Gradients are summed in the kernel's own order.
 template <typename T>
-constexpr Conv2dPath<T> path = {packed_size<T>, pack<T>, forward<T>, backward<T>};
+void unpack(const Conv2dShape& shape, int64_t taps, const T* packed, T* grad) {
+  for (int64_t i = 0; i < packed_size<T>(shape, taps); ++i) grad[i] = packed[i];
+}
+
+template <typename T>
+constexpr Conv2dPath<T> path = {packed_size<T>, pack<T>,        forward<T>,
+                                backward<T>,    packed_size<T>, unpack<T>};
 
 }  // namespace pixels
 }  // namespace SNF_ISA

@@ -58,6 +58,16 @@ T sum_of_squares(const T* values, int64_t count) {
   return total;
 }
 
+// Images whose weight gradients are taken together: as many as wanted for long inner loops, while
+// all their planes (`volume` numbers an image) stay in the second-level cache.
+template <typename T>
+inline int64_t images_together(int64_t wanted, int64_t volume, int64_t most) {
+  const int64_t fit = (512 << 10) / (volume * static_cast<int64_t>(sizeof(T)));
+  int64_t n = wanted < fit ? wanted : fit;
+  n = n < most ? n : most;
+  return n < 1 ? 1 : n;
+}
+
 inline int64_t wrap(int64_t i, int64_t extent) {
   i %= extent;
   return i < 0 ? i + extent : i;

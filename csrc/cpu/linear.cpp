@@ -98,8 +98,7 @@ Tensor weight_gradient(const Tensor& delta, const Tensor& x, double scale, const
     for (int64_t begin = 0; begin < features; begin += panel) {
       const int64_t end = std::min(features, begin + panel);
       scaled_transpose<scalar_t>(in, features, begin, end, static_cast<scalar_t>(scale), out);
-      grad.narrow(0, begin, end - begin)
-          .addmm_(delta.narrow(1, begin, end - begin).t(), x);
+      grad.narrow(0, begin, end - begin).addmm_(delta.narrow(1, begin, end - begin).t(), x);
     }
   });
   return grad;

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ..bijection import Bijection, FlowStep, per_sample_zeros
@@ -16,6 +15,7 @@ class Flatten(Bijection):
     Args:
         event_shape: shape of one event, needed to undo it.
 
+    >>> import torch
     >>> Flatten((1, 2, 2)).inverse(Flatten((1, 2, 2))(torch.zeros(3, 1, 2, 2)).z).shape
     torch.Size([3, 1, 2, 2])
     """
@@ -52,6 +52,7 @@ class Squeeze(Bijection):
     Raises:
         ValueError: x is not ``(B, C, H, W)`` with even H and W.
 
+    >>> import torch
     >>> Squeeze()(torch.zeros(1, 1, 28, 28)).z.shape
     torch.Size([1, 4, 14, 14])
     """

@@ -6,6 +6,8 @@ arguments, results and exceptions are those of the plain twins in ``snf_ext.refe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,33 +63,35 @@ def _fake_backward(
 if build_info()["cpp"]:
 
     @torch.library.register_fake("snf_ext::snf_linear_forward")
-    def _(x, weight, weight_inv, bias):
+    def _(x: Tensor, weight: Tensor, weight_inv: Tensor, bias: Tensor | None) -> Any:
         check_linear(x, weight, weight_inv, bias)
         return _fake_forward(x, x.shape[:-1])
 
-    @torch.library.register_fake("snf_ext::snf_linear_backward")
-    def _(grad_z, grad_log_det, grad_recon, x, z, residual, weight, weight_inv, bias, output_mask):
-        return _fake_backward(x, weight, weight_inv, output_mask)
-
     @torch.library.register_fake("snf_ext::snf_conv2d_forward")
-    def _(x, weight, weight_inv, bias, dilation, groups, circular):
+    def _(
+        x: Tensor,
+        weight: Tensor,
+        weight_inv: Tensor,
+        bias: Tensor | None,
+        dilation: int,
+        groups: int,
+        circular: bool,
+    ) -> Any:
         check_conv2d(x, weight, weight_inv, bias, dilation, groups)
         return _fake_forward(x, x.shape[:1])
 
+    @torch.library.register_fake("snf_ext::snf_linear_backward")
     @torch.library.register_fake("snf_ext::snf_conv2d_backward")
     def _(
-        grad_z,
-        grad_log_det,
-        grad_recon,
-        x,
-        z,
-        residual,
-        weight,
-        weight_inv,
-        bias,
-        dilation,
-        groups,
-        circular,
-        output_mask,
-    ):
-        return _fake_backward(x, weight, weight_inv, output_mask)
+        grad_z: Tensor,
+        grad_log_det: Tensor | None,
+        grad_recon: Tensor | None,
+        x: Tensor,
+        z: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        weight_inv: Tensor,
+        bias: Tensor | None,
+        *geometry_and_mask: Any,
+    ) -> Any:
+        return _fake_backward(x, weight, weight_inv, geometry_and_mask[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 
 def flip(kernel: Tensor, groups: int = 1) -> Tensor:
@@ -38,9 +39,7 @@ def weight_gradient(
 ) -> Tensor:
     """Gradient of ``<delta, k * x>`` in k, of the shape of ``kernel``."""
     padded = _pad(x, kernel, dilation, circular)
-    return torch.nn.grad.conv2d_weight(
-        padded, kernel.shape, delta, dilation=dilation, groups=groups
-    )
+    return conv2d_weight(padded, kernel.shape, delta, dilation=dilation, groups=groups)
 
 
 def inverse_term(

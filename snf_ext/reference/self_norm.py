@@ -113,7 +113,9 @@ def snf_conv2d(
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, weight_inv: Tensor, bias: Tensor | None):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, weight_inv: Tensor, bias: Tensor | None
+    ) -> Any:
         with _without_autocast(x.device):
             y = x @ weight.T
             e = y @ weight_inv.T - x
@@ -122,7 +124,7 @@ class _Linear(torch.autograd.Function):
         return z, x.new_zeros(x.shape[0]), e.square().sum(1)
 
     @staticmethod
-    def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor, grad_recon: Tensor):
+    def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor, grad_recon: Tensor) -> Any:
         dx, dw, dr = _LinearBackward.apply(
             grad_z, grad_log_det.sum(), grad_recon, *ctx.saved_tensors
         )
@@ -133,7 +135,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     """A backward that refuses to be differentiated again, in words."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(
             "double backward through a self-normalizing layer is not supported: "
             "its gradient is a learned approximation and has no derivative of its own"
@@ -152,7 +154,7 @@ class _LinearBackward(_OnceDifferentiable):
         weight_inv: Tensor,
         y: Tensor,
         e: Tensor,
-    ):
+    ) -> Any:
         with _without_autocast(x.device):
             pull = 2 * grad_recon[:, None] * e
             dx = grad_z @ weight
@@ -172,7 +174,7 @@ class _Conv2d(torch.autograd.Function):
         dilation: int,
         groups: int,
         circular: bool,
-    ):
+    ) -> Any:
         with _without_autocast(x.device):
             y = convolve(x, weight, dilation, groups, circular)
             e = convolve(y, weight_inv, dilation, groups, circular) - x
@@ -182,7 +184,7 @@ class _Conv2d(torch.autograd.Function):
         return z, x.new_zeros(x.shape[0]), e.square().sum((1, 2, 3))
 
     @staticmethod
-    def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor, grad_recon: Tensor):
+    def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor, grad_recon: Tensor) -> Any:
         dx, dw, dr = _Conv2dBackward.apply(
             grad_z, grad_log_det.sum(), grad_recon, *ctx.saved_tensors, *ctx.geometry
         )
@@ -205,7 +207,7 @@ class _Conv2dBackward(_OnceDifferentiable):
         dilation: int,
         groups: int,
         circular: bool,
-    ):
+    ) -> Any:
         geometry = (dilation, groups, circular)
         with _without_autocast(x.device):
             pull = 2 * grad_recon[:, None, None, None] * e
