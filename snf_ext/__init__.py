@@ -20,6 +20,7 @@ from .layers import (
     SmoothLeakyReLU,
     Squeeze,
 )
+from .training.angle import gradient_angle
 from .version import __version__
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "backend",
     "build_info",
+    "gradient_angle",
     "models",
     "ops",
     "reference",

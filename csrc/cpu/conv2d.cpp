@@ -75,7 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
                r = wide(reaching(weight_inv, x, dilation, circular));
   const OptionalTensor c = wide(bias);
   const int64_t batch = x.size(0);
-  Tensor z = at::empty(in.sizes(), in.options()), residual = at::empty(in.sizes(), in.options());
+  Tensor z = pooled_empty(in.sizes(), in.options());
+  Tensor residual = pooled_empty(in.sizes(), in.options());
   Tensor recon = at::empty({batch}, in.options());
   const Conv2dShape shape = shape_of(x, w, r, dilation, groups, circular);
   AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "snf_conv2d_forward", [&] {
@@ -156,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Conv2dShape shape = shape_of(x, w, r, dilation, groups, circular);
   const double half_total = 0.5 * total(grad_log_det);
   const auto allocate = [&](bool wanted, at::IntArrayRef size) {
-    return wanted ? at::empty(size, in.options()) : at::empty({0}, in.options());
+    return wanted ? pooled_empty(size, in.options()) : at::empty({0}, in.options());
   };
   Tensor dx = allocate(mask[0], x.sizes()), dw = allocate(mask[1], w.sizes());
   Tensor dr = allocate(mask[2], r.sizes());

@@ -12,19 +12,38 @@
 namespace snf {
 namespace {
 
-constexpr std::size_t kSmallest = std::size_t{1} << 20;
+constexpr std::size_t kSmallest = std::size_t{256} << 10;
 constexpr std::size_t kMostKept = std::size_t{256} << 20;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+// Large blocks are whole huge pages: a large gradient then costs a dozen page faults.
+std::size_t granularity(std::size_t bytes) {
+  return bytes >= 4 * kHugePage ? kHugePage : std::size_t{64} << 10;
+}
 
 struct Block {
   void* data;
   std::size_t size;
 };
 
+Block allocate(std::size_t size) {
+  const auto alignment = static_cast<std::align_val_t>(granularity(size));
+  const Block block = {::operator new(size, alignment), size};
+#if defined(__linux__)
+  // A hint: whether it is taken does not matter.
+  if (granularity(size) == kHugePage) madvise(block.data, block.size, MADV_HUGEPAGE);
+#endif
+  return block;
+}
+
+void release(Block block) {
+  ::operator delete(block.data, static_cast<std::align_val_t>(granularity(block.size)));
+}
+
 class Pool {
  public:
   Block take(std::size_t bytes) {
-    const std::size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    const std::size_t step = granularity(bytes), size = (bytes + step - 1) / step * step;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (auto block = free_.begin(); block != free_.end(); ++block)
@@ -35,11 +54,7 @@ class Pool {
           return found;
         }
     }
-    const Block fresh = {::operator new(size, std::align_val_t{kHugePage}), size};
-#if defined(__linux__)
-    madvise(fresh.data, fresh.size, MADV_HUGEPAGE);  // a hint: whether it is taken does not matter
-#endif
-    return fresh;
+    return allocate(size);
   }
 
   void give(Block block) {
@@ -48,7 +63,7 @@ class Pool {
     kept_ += block.size;
     while (kept_ > kMostKept) {
       kept_ -= free_.back().size;
-      ::operator delete(free_.back().data, std::align_val_t{kHugePage});
+      release(free_.back());
       free_.pop_back();
     }
   }

@@ -1,0 +1,50 @@
+"""Batches by slicing a set that is whole in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from .seeds import derive_seed
+
+
+class Batches:
+    """The batches of one epoch; the order depends on the seed and the epoch alone.
+
+    Args:
+        images: ``(N, ...)``, on the device where they will be used.
+        batch_size: images a batch; the last has what is left.
+        seed: of the order.
+        shuffle: False keeps the order of ``images``.
+
+    >>> batches = Batches(torch.arange(5), 2, seed=0, shuffle=False)
+    >>> [batch.tolist() for batch in batches.epoch(1)]
+    [[0, 1], [2, 3], [4]]
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, seed: int, shuffle: bool) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def epoch(self, number: int) -> Iterator[Tensor]:
+        """The batches of epoch ``number``."""
+        if not self.shuffle:
+            yield from self.images.split(self.batch_size)
+            return
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", number))
+        order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
+        for index in order.split(self.batch_size):
+            yield self.images[index]
+
+    def stream(self, first: int) -> Iterator[Tensor]:
+        """The batches of epoch ``first`` and of all that follow, without end."""
+        for number in count(first):
+            yield from self.epoch(number)

@@ -1,0 +1,121 @@
+"""Files that are either whole or not there, and checkpoints made of them.
+
+A checkpoint is a dictionary of tensors, numbers and strings, written by ``torch.save`` and read
+with ``weights_only=True``: reading one never runs code from it.
+
+    format, version   what it is
+    model             {"name": ..., "settings": {...}}, enough to build the flow again
+    state             the flow's state_dict
+    epoch, val_nll    finished epochs; exact validation NLL in nats
+    config            the run's settings
+    optimizer, history, best, start      in ``last.pt`` alone: what resuming needs
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import UserError
+
+FORMAT, VERSION = "snf_ext checkpoint", 1
+COMMON = {"model": dict, "state": dict, "epoch": int, "val_nll": float, "config": dict}
+RESUME = {"optimizer": dict, "history": list, "best": dict, "start": dict}
+
+
+@contextmanager
+def write_aside(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, moved over it if the block ends well, else removed.
+
+    The move is atomic, and the bytes are on the disk before it: a reader, a crash or a power cut
+    meets the old file or the new one, never a part. The temporary name is fixed, so that one left
+    by SIGKILL is overwritten by the next attempt.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with write_aside(folder / "a.txt") as part:
+    ...     _ = part.write_text("whole")
+    >>> [file.name for file in folder.iterdir()], (folder / "a.txt").read_text()
+    (['a.txt'], 'whole')
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        with open(part, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON aside, then rename. A number that is not finite is refused."""
+    with write_aside(path) as part:
+        part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint with the parts listed above."""
+    with write_aside(path) as part:
+        torch.save({"format": FORMAT, "version": VERSION, **content}, part)
+
+
+def load(path: Path, resume: bool = False) -> dict[str, Any]:
+    """Read a checkpoint, on the CPU, without running anything that it contains.
+
+    Args:
+        path: ``best.pt`` or ``last.pt`` of a run.
+        resume: require the parts that resuming needs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: the file is damaged, holds more than data, is not a checkpoint of this package
+            or of a version that it cannot read, or lacks a part.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; a checkpoint must be there")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign files, which are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler raises whatever a damaged stream leads it to
+        raise UserError(
+            f"{path} must be a checkpoint of snf_ext that loads as data alone; "
+            f"got a damaged or foreign file ({type(error).__name__})"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} must be a checkpoint of snf_ext; got a file of another program")
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"{path} must be of checkpoint version {VERSION}; got {content.get('version')}"
+        )
+    for key, kind in (COMMON | (RESUME if resume else {})).items():
+        if not isinstance(content.get(key), kind):
+            raise UserError(f"{path} must have the part {key!r}; it is missing or damaged")
+    return content
+
+
+def load_weights(flow: nn.Module, content: dict[str, Any], path: Path) -> None:
+    """Put a checkpoint's weights into ``flow``.
+
+    Raises:
+        UserError: the names or shapes differ from the flow's.
+    """
+    try:
+        flow.load_state_dict(content["state"])
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{path} must fit the model that it names; {reason}") from error

@@ -1,0 +1,32 @@
+"""The errors that a person at the command line can act on."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class UserError(ValueError):
+    """A request or a file that cannot be used; the message is one line that says what to do."""
+
+
+class Diverged(RuntimeError):
+    """Training reached a value that is not finite."""
+
+
+def require(module: str) -> ModuleType:
+    """Import a module of the training extra.
+
+    Raises:
+        UserError: it is not installed; the message has the command that installs it.
+
+    >>> require("math").sqrt(4.0)
+    2.0
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or module
+        raise UserError(
+            f'{missing} is needed here and not installed: pip install "snf_ext[train]"'
+        ) from error

@@ -1,0 +1,77 @@
+"""IDX files, the format of MNIST: big-endian header, then unsigned bytes."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+GZIP_MAGIC = b"\x1f\x8b"
+UNSIGNED_BYTE = 0x08
+MAX_BYTES = 2**33  # a header that asks for more is damaged
+
+
+def read_idx(path: Path, event_shape: tuple[int, ...] = (28, 28)) -> Tensor:
+    """Read the images of an IDX file, gzipped or not.
+
+    Args:
+        path: the file. Whether it is gzipped is told by its first bytes, not by its name.
+        event_shape: the shape that each image must have.
+
+    Returns:
+        ``(N, *event_shape)``, uint8.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: wrong magic number, dtype, rank or image size; fewer or more bytes than the
+            header announces; a damaged gzip stream. The message names the file and the rule.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; an IDX file of images must be there")
+    with open(path, "rb") as raw:
+        zipped = raw.read(2) == GZIP_MAGIC
+    opened = gzip.open if zipped else open
+    try:
+        with opened(path, "rb") as stream:
+            return _read(path, cast(BinaryIO, stream), event_shape)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} must be a whole gzip file; got a damaged one ({error})") from error
+
+
+def _read(path: Path, stream: BinaryIO, event_shape: tuple[int, ...]) -> Tensor:
+    magic = stream.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0":
+        raise UserError(f"{path} must start with an IDX magic number 0x0000....; got {_hex(magic)}")
+    rank = 1 + len(event_shape)
+    if magic[2] != UNSIGNED_BYTE:
+        raise UserError(f"{path} must hold unsigned bytes (type 0x08); got type {magic[2]:#04x}")
+    if magic[3] != rank:
+        raise UserError(f"{path} must have {rank} dimensions (N, H, W); got {magic[3]}")
+    header = stream.read(4 * rank)
+    if len(header) < 4 * rank:
+        raise UserError(f"{path} must have a header of {4 + 4 * rank} bytes; got {4 + len(header)}")
+    shape = struct.unpack(f">{rank}I", header)
+    if shape[1:] != event_shape:
+        raise UserError(f"{path} must hold images of {event_shape}; got {shape[1:]}")
+    size = torch.Size(shape).numel()
+    if size == 0:
+        raise UserError(f"{path} must hold at least one image; got none")
+    if size > MAX_BYTES:
+        raise UserError(f"{path} must hold at most {MAX_BYTES} bytes; its header says {size}")
+    body = bytearray(stream.read(size))
+    if len(body) < size or stream.read(1):
+        extra = "more" if len(body) == size else str(len(body))
+        raise UserError(f"{path} must hold {size} bytes of images, as its header says; got {extra}")
+    return torch.frombuffer(body, dtype=torch.uint8).reshape(shape)
+
+
+def _hex(data: bytes) -> str:
+    return "0x" + data.hex() if data else "an empty file"

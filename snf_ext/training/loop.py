@@ -1,0 +1,274 @@
+"""The training loop: one epoch after another, each ending with a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..flow import Flow
+from . import checkpoint
+from .angle import gradient_angle, mean_angle
+from .batches import Batches
+from .config import Config
+from .data import Dataset
+from .errors import Diverged, UserError, require
+from .evaluate import bits_per_dim, device_of, negative_log_likelihood, reconstruction_error
+from .progress import Progress
+from .seeds import derive_seed, seeded
+from .signals import StopRequest
+
+# Validation images for the figures that describe training and do not choose the best epoch.
+MONITORED = 500
+
+
+class Trainer:
+    """Trains a flow and leaves a folder from which training can always go on.
+
+    After every epoch the folder holds ``last.pt`` (all that resuming needs), ``best.pt`` (the
+    weights of the lowest validation NLL) and ``history.json``. An epoch depends on the seed, its
+    number and the state before it, and on nothing else: a run that was killed and resumed has
+    on the CPU the same bits as one that was not.
+
+    A row of the history has
+
+        epoch, step     counted from 1; row 0 is the untrained flow
+        lr              learning rate of the last step
+        train_loss      mean objective of the epoch (no likelihood); None in row 0
+        val_nll         exact, in nats; val_bits_per_dim the same in bits
+        recon           reconstruction error on the first validation images
+        angle           between the self-normalizing and the exact gradient there, degrees; or None
+        seconds         time spent in training steps so far
+
+    Args:
+        flow: on the device where it shall train.
+        model: what checkpoints keep to build the flow again, ``{"name", "settings"}``.
+        data: images to train and to validate on.
+        config: settings.
+        folder: an existing folder for the files.
+        progress: show it on stderr.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        model: dict[str, Any],
+        data: Dataset,
+        config: Config,
+        folder: Path,
+        progress: bool = True,
+    ) -> None:
+        self.flow, self.model, self.data, self.config = flow, model, data, config
+        self.folder = Path(folder)
+        self.device = device_of(flow)
+        self.val = data.val.to(self.device)
+        train = data.train.to(self.device)
+        self.batches = Batches(train, config.batch_size, config.seed, config.shuffle)
+        # Fused is one pass over the parameters: 3 to 8 times faster on the CPU than the others.
+        self.optimizer = torch.optim.Adam(
+            flow.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True
+        )
+        self.progress = progress
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+        self.start: dict[str, Any] = {}
+        self._failure: Diverged | None = None
+        self._stop = StopRequest()
+
+    @property
+    def epoch(self) -> int:
+        """The number of finished epochs."""
+        return self.history[-1]["epoch"] if self.history else 0
+
+    def begin(self) -> None:
+        """Measure the untrained flow and write the first checkpoint."""
+        nll = negative_log_likelihood(self.flow, self.data.test, self.config.seed).mean().item()
+        self.start = {"test_nll": nll}
+        self._finish_epoch({"epoch": 0, "step": 0, "lr": 0.0, "train_loss": None, "seconds": 0.0})
+
+    def resume(self, content: dict[str, Any], path: Path) -> None:
+        """Go on from ``content``, read from ``path`` with ``checkpoint.load(path, resume=True)``.
+
+        Raises:
+            UserError: it does not fit the flow.
+        """
+        checkpoint.load_weights(self.flow, content, path)
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path} must fit the optimizer; {error}") from error
+        self.history, self.best = content["history"], content["best"]
+        self.start = content["start"]
+        checkpoint.write_json(self.folder / "history.json", self.history)
+
+    def fit(self) -> bool:
+        """Train up to ``config.epochs``; False if SIGINT or SIGTERM ended it before.
+
+        The caller's random numbers are left as they were.
+
+        Raises:
+            Diverged: the loss, a weight, the validation NLL or the reconstruction error is not
+                finite. The message names epoch, step and the last good checkpoint.
+        """
+        if self.epoch >= self.config.epochs:
+            return True
+        engine, writer = self._engine(), self._tensorboard()
+        try:
+            with (
+                self._stop,
+                seeded(self.device, self.config.seed, "fit"),
+                Progress(engine, self.progress),
+            ):
+                engine.run(self.batches.stream(self.epoch + 1), max_epochs=self.config.epochs)
+        finally:
+            writer.close()
+        if self._failure:
+            raise self._failure
+        return self._stop.number is None
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal that ended :meth:`fit`."""
+        return self._stop.number
+
+    def _engine(self) -> Any:
+        ignite = require("ignite.engine")
+        engine = ignite.Engine(self._step)
+        engine.load_state_dict(
+            {
+                "epoch": self.epoch,
+                "epoch_length": len(self.batches),
+                "max_epochs": self.config.epochs,
+            }
+        )
+        events = ignite.Events
+        engine.add_event_handler(events.EPOCH_STARTED, self._start_epoch)
+        engine.add_event_handler(events.ITERATION_COMPLETED, self._after_step)
+        engine.add_event_handler(events.EPOCH_COMPLETED, self._after_epoch)
+        return engine
+
+    def _tensorboard(self) -> Any:
+        require("tensorboard")
+        logger = require("ignite.handlers.tensorboard_logger").TensorboardLogger
+        # What an interrupted run logged beyond its checkpoint is hidden.
+        writer = logger(log_dir=str(self.folder / "tensorboard"), purge_step=self.epoch + 1)
+        self._scalars = writer.writer
+        if self.epoch == 0:
+            self._log(self.history[0])
+        return writer
+
+    def _log(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name not in ("epoch", "step") and value is not None:
+                self._scalars.add_scalar(name, value, row["epoch"])
+
+    def _start_epoch(self, engine: Any) -> None:
+        torch.manual_seed(derive_seed(self.config.seed, "epoch", engine.state.epoch))
+        self.flow.train()
+        self._loss_sum = 0.0
+        self._clock = time.perf_counter()
+
+    def _step(self, engine: Any, images: Tensor) -> float:
+        lr = self.config.lr_at(engine.state.iteration, len(self.batches))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.flow.loss(images)
+        value = loss.item()
+        if math.isfinite(value):
+            loss.backward()
+            if self.config.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.clip_norm)
+            self.optimizer.step()
+        self._loss_sum += value * len(images)
+        return value
+
+    def _after_step(self, engine: Any) -> None:
+        state = engine.state
+        if not math.isfinite(state.output):
+            self._failure = self._diverged("the loss", state.output, state.epoch, state.iteration)
+        if self._failure or self._stop.number is not None:
+            engine.terminate()
+
+    def _after_epoch(self, engine: Any) -> None:
+        state = engine.state
+        seconds = self.history[-1]["seconds"] + time.perf_counter() - self._clock
+        row = {
+            "epoch": state.epoch,
+            "step": state.iteration,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": self._loss_sum / len(self.batches.images),
+            "seconds": seconds,
+        }
+        try:
+            self._finish_epoch(row)
+        except Diverged as failure:  # raised after the engine ended, which would log it again
+            self._failure = failure
+            engine.terminate()
+            return
+        self._log(row)
+        shown = {"loss": row["train_loss"], "val_nats": row["val_nll"], "recon": row["recon"]}
+        angles = [earlier["angle"] for earlier in self.history if earlier["angle"] is not None]
+        if angles:
+            shown["angle"] = angles[-1]
+        state.metrics = shown
+
+    def _finish_epoch(self, row: dict[str, Any]) -> None:
+        """Measure, complete the row, and write the files."""
+        self._measure(row)
+        self.history.append(row)
+        common = {
+            "model": self.model,
+            "state": self.flow.state_dict(),
+            "epoch": row["epoch"],
+            "val_nll": row["val_nll"],
+            "config": self.config.to_dict(),
+        }
+        if not self.best or row["val_nll"] < self.best["val_nll"]:
+            self.best = {"epoch": row["epoch"], "val_nll": row["val_nll"]}
+            checkpoint.save(self.folder / "best.pt", common)
+        # Last, so that a run cut off between the two does this epoch again and finds the same.
+        resumable = {
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+            "best": self.best,
+            "start": self.start,
+        }
+        checkpoint.save(self.folder / "last.pt", common | resumable)
+        checkpoint.write_json(self.folder / "history.json", self.history)
+
+    def _measure(self, row: dict[str, Any]) -> None:
+        for name, parameter in self.flow.named_parameters():
+            if not parameter.isfinite().all():
+                raise self._diverged(f"the parameter {name}", math.nan, row["epoch"], row["step"])
+        seed, monitored = self.config.seed, self.val[:MONITORED]
+        row["val_nll"] = negative_log_likelihood(self.flow, self.val, seed).mean().item()
+        row["val_bits_per_dim"] = bits_per_dim(row["val_nll"], self.flow.event_shape)
+        row["recon"], _ = reconstruction_error(self.flow, monitored, seed)
+        for name, what in (("val_nll", "the validation NLL"), ("recon", "the reconstruction")):
+            if not math.isfinite(row[name]):
+                raise self._diverged(what, row[name], row["epoch"], row["step"])
+        row["angle"] = None
+        every = self.config.angle_every
+        if every and row["epoch"] % every == 0:
+            with seeded(self.device, seed, "angle"):
+                angle = mean_angle(gradient_angle(self.flow, monitored))
+            row["angle"] = angle if angle is None or math.isfinite(angle) else None
+
+    def _diverged(self, what: str, value: float, epoch: int, step: int) -> Diverged:
+        return Diverged(
+            f"training diverged: {what} is {value} in epoch {epoch}, step {step}; "
+            f"{self._last_good()}; try a lower --lr, a larger --recon-weight, --clip-norm, "
+            "or a longer --warmup-epochs"
+        )
+
+    def _last_good(self) -> str:
+        if not self.history:
+            return "there is no checkpoint"
+        nll = self.history[-1]["val_nll"]
+        last = self.folder / "last.pt"
+        return f"the last good checkpoint is {last} (epoch {self.epoch}, {nll:.6g} nats)"

@@ -1,0 +1,149 @@
+"""Pictures of a run, as PNG files: samples, reconstructions, curves."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..flow import Flow
+from .checkpoint import write_aside
+from .errors import require
+from .evaluate import device_of
+from .seeds import seeded
+
+CURVES = (
+    ("train_loss", "training objective"),
+    ("val_nll", "validation NLL, exact (nats)"),
+    ("recon", "reconstruction error"),
+    ("angle", "angle to the exact gradient (degrees)"),
+)
+
+
+def grid(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
+    """Tile images into one picture.
+
+    Args:
+        images: ``(N, C, H, W)``, C 1 or 3, values 0 .. levels - 1; what lies outside is clamped,
+            what is not a number is shown black.
+        levels: number of values.
+        columns: of the grid; about as many as rows if None.
+
+    Returns:
+        ``(height, width, C)`` float32 in [0, 1], one black pixel between images.
+
+    >>> grid(torch.full((4, 1, 2, 2), 16), levels=17).shape
+    torch.Size([5, 5, 1])
+    """
+    count, channels, height, width = images.shape
+    columns = columns or max(1, math.ceil(math.sqrt(count)))
+    rows = -(-count // columns)
+    scaled = images.detach().cpu().float().nan_to_num(0.0).clamp(0, levels - 1) / (levels - 1)
+    canvas = torch.zeros(rows * (height + 1) - 1, columns * (width + 1) - 1, channels)
+    for index, image in enumerate(scaled):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
+        canvas[top : top + height, left : left + width] = image.permute(1, 2, 0)
+    return canvas
+
+
+@torch.no_grad()
+def save_samples(
+    path: Path,
+    flow: Flow,
+    levels: int,
+    count: int = 64,
+    seed: int = 0,
+    temperature: float = 1.0,
+    sides: tuple[str, ...] = ("learned", "exact"),
+) -> None:
+    """Samples from one noise, by the learned and by the exact inverse side by side (SNF Figure 2).
+
+    Args:
+        path: the PNG file.
+        flow: with images as events.
+        levels: number of values of a pixel.
+        count: samples a side.
+        seed: of the noise.
+        temperature: standard deviation of the noise.
+        sides: which inverses to show.
+    """
+    device, panels = device_of(flow), {}
+    for side in sides:
+        with seeded(device, seed, "sample"):
+            images = flow.sample(count, exact=side == "exact", temperature=temperature)
+        panels[f"{side} inverse" + _not_finite(images)] = grid(images, levels)
+    _save_panels(path, f"{count} samples from the same noise", panels)
+
+
+@torch.no_grad()
+def save_reconstructions(
+    path: Path, flow: Flow, images: Tensor, levels: int, seed: int = 0
+) -> None:
+    """Images, and what the learned and the exact inverse make of their noise.
+
+    Args:
+        path: the PNG file.
+        flow: with images as events.
+        images: raw, ``(N, C, H, W)``.
+        levels: number of values of a pixel.
+        seed: of the dequantization.
+    """
+    device, training = device_of(flow), flow.training
+    with seeded(device, seed, "reconstruct"):
+        z = flow.eval()(images.to(device)).z
+        flow.train(training)
+    learned, exact = flow.inverse(z), flow.inverse(z, exact=True)
+    panels = {
+        "data": grid(images, levels),
+        "learned inverse" + _not_finite(learned): grid(learned, levels),
+        "exact inverse" + _not_finite(exact): grid(exact, levels),
+    }
+    _save_panels(path, "reconstructions x → z → x", panels)
+
+
+def save_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
+    """The history of a run: objective, exact validation NLL, reconstruction error, angle.
+
+    Args:
+        path: the PNG file.
+        history: rows as in :class:`~snf_ext.training.loop.Trainer`.
+        title: of the picture.
+    """
+    figure = require("matplotlib.figure").Figure(figsize=(10, 6), layout="constrained")
+    figure.suptitle(title)
+    for axes, (name, label) in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
+        points = [(row["epoch"], row[name]) for row in history if row.get(name) is not None]
+        axes.set(title=label, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
+        if name in ("recon", "angle") and any(value > 0 for _, value in points):
+            axes.set_yscale("log")
+    _save(path, figure)
+
+
+def _not_finite(images: Tensor) -> str:
+    bad = int((~images.flatten(1).isfinite().all(1)).sum())
+    return f" ({bad} not finite)" if bad else ""
+
+
+def _save_panels(path: Path, title: str, panels: dict[str, Tensor]) -> None:
+    width = 4 * len(panels)
+    figure = require("matplotlib.figure").Figure(figsize=(width, 4.6), layout="constrained")
+    figure.suptitle(title)
+    every = figure.subplots(1, len(panels), squeeze=False).flat
+    for axes, (name, picture) in zip(every, panels.items(), strict=True):
+        axes.set_title(name)
+        axes.axis("off")
+        single = picture.shape[2] == 1
+        shown = picture[:, :, 0] if single else picture
+        axes.imshow(shown.numpy(), cmap="gray" if single else None, vmin=0, vmax=1)
+    _save(path, figure)
+
+
+def _save(path: Path, figure: Any) -> None:
+    with write_aside(path) as part:
+        figure.savefig(part, format="png", dpi=100)

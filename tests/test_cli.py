@@ -1,0 +1,381 @@
+"""The command line, from the main job to every way to get it wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from snf_ext import cli
+from snf_ext.training import checkpoint, loop
+
+PNG = b"\x89PNG\r\n\x1a\n"
+QUICK = ["train", "--model", "fc", "--no-progress", "--angle-every", "0"]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _in_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*argv, status=0):
+    assert cli.main([str(argument) for argument in argv]) == status
+
+
+def one_line(capsys):
+    """The single line on stderr."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run of the main job and what it printed."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    command = [sys.executable, "-m", "snf_ext", "train", "--model", "fc", "--epochs", "40"]
+    done = subprocess.run(
+        [*command, "--run-dir", str(folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(),
+    )
+    return folder, done
+
+
+def environment():
+    """This checkout first, whatever is installed."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+
+
+def test_main_job(trained):
+    folder, done = trained
+    assert re.search(r"^epoch 40/40  loss .* val_nats .* angle", done.stderr, re.MULTILINE)
+    result = json.loads((folder / "result.json").read_text())
+    test = result["test"]
+    assert result["start_test_nll"] - test["nll"] > 30
+    assert test["images"] == 300
+    assert test["bits_per_dim"] == pytest.approx(test["nll"] / 64 / 0.6931471805599453)
+    assert test["bits_per_dim"] < 4.09  # a uniform guess
+    assert 0 < result["angle"] < 5
+    assert 0 < test["reconstruction"] < 1
+    for line in (
+        f"untrained test NLL: {result['start_test_nll']:.2f} nats",
+        f"test NLL: {test['nll']:.2f} nats, {test['bits_per_dim']:.3f} bits/dim, exact",
+        f"reconstruction error: {test['reconstruction']:.4g}",
+        f"angle between self-normalizing and exact gradient: {result['angle']:.3f} degrees",
+        f"checkpoint: {folder / 'best.pt'}",
+    ):
+        assert line in done.stdout
+    pictures = ["curves.png", "reconstructions.png", "samples.png"]
+    files = ["best.pt", "config.json", "history.json", "last.pt", "result.json", "tensorboard"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(files + pictures)
+    for name in pictures:
+        assert (folder / name).read_bytes().startswith(PNG)
+
+
+def test_evaluate_repeats_the_training_commands_figures(trained, capsys):
+    folder, done = trained
+    run("evaluate", "--checkpoint", folder / "best.pt")
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3
+    assert set(printed) <= set(done.stdout.splitlines())
+    run("evaluate", "--checkpoint", folder / "best.pt", "--split", "val")
+    best = checkpoint.load(folder / "best.pt")
+    assert capsys.readouterr().out.startswith(f"val NLL: {best['val_nll']:.2f} nats")
+
+
+def test_sample(trained, tmp_path, capsys):
+    from matplotlib.image import imread
+
+    best = trained[0] / "best.pt"
+    pixels = {}
+    for name, more in {
+        "learned": [],
+        "again": [],
+        "exact": ["--exact"],
+        "other": ["--seed", "1"],
+        "cold": ["--temperature", "0.1"],
+    }.items():
+        out = tmp_path / f"{name}.png"
+        run("sample", "--checkpoint", best, "--count", "5", "--out", out, *more)
+        assert f"samples: {out}" in capsys.readouterr().out
+        pixels[name] = imread(out).tobytes()
+    assert pixels["learned"] == pixels["again"]
+    assert len(set(pixels.values())) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"{name}.png" for name in pixels
+    )
+
+
+def test_the_default_folder_and_untouched_globals(capsys, tmp_path):
+    threads = torch.get_num_threads()
+    run(*QUICK, "--epochs", "1", "--limit-train", "100")
+    run(*QUICK, "--epochs", "1", "--limit-train", "100")
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert len(folders) == 2
+    assert all(re.fullmatch(r"fc-digits-\d{8}-\d{6}(-2)?", name) for name in folders)
+    assert torch.get_num_threads() == threads
+    assert torch.is_grad_enabled()
+
+
+def test_the_models_own_arguments(capsys):
+    arguments = ["--model-args", "layers=3", "linear=exact"]
+    run(*QUICK, "--epochs", "1", "--limit-train", "100", "--run-dir", "a", *arguments)
+    model = checkpoint.load(Path("a/best.pt"))["model"]
+    assert model["settings"] == {
+        "event_shape": (1, 8, 8),
+        "levels": 17,
+        "layers": 3,
+        "linear": "exact",
+    }
+    assert "angle" not in capsys.readouterr().out  # there is no learned inverse to compare
+    run("evaluate", "--checkpoint", "a/last.pt")
+
+
+def same_bits(a, b):
+    one, two = (checkpoint.load(folder / "last.pt", resume=True) for folder in (a, b))
+    assert one["epoch"] == two["epoch"]
+    for key in ("state", "optimizer"):
+        flat = [flatten(content[key]) for content in (one, two)]
+        assert flat[0].keys() == flat[1].keys()
+        for name, value in flat[0].items():
+            assert value == flat[1][name], name
+    assert checkpoint.load(a / "best.pt")["val_nll"] == checkpoint.load(b / "best.pt")["val_nll"]
+
+
+def flatten(value, name=""):
+    if isinstance(value, torch.Tensor):
+        return {name: value.numpy().tobytes()}
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {name: value}
+    return {k: v for key, item in items for k, v in flatten(item, f"{name}/{key}").items()}
+
+
+def test_killed_in_mid_run_and_resumed(tmp_path, capsys):
+    """SIGKILL wherever it strikes: the resumed run ends with the bits of one never stopped."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    settings = ["--batch-size", "50", "--seed", "3"]
+    endless = [*QUICK, *settings, "--epochs", "100000", "--run-dir", str(killed)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "snf_ext", *endless],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not epochs_in(killed) >= 3:
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline, "no epoch within 100 seconds"
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    (killed / ".last.pt.part").write_bytes(b"what a kill in mid-write leaves")
+    done = checkpoint.load(killed / "last.pt", resume=True)["epoch"]
+    epochs = str(done + 2)
+    run("train", "--resume", "--run-dir", killed, "--epochs", epochs, "--no-progress")
+    run(*QUICK, *settings, "--epochs", epochs, "--run-dir", whole)
+    same_bits(killed, whole)
+    assert not list(killed.glob(".*"))
+    capsys.readouterr()
+
+
+def epochs_in(folder):
+    try:
+        return json.loads((folder / "history.json").read_text())[-1]["epoch"]
+    except FileNotFoundError:
+        return 0
+
+
+def test_ctrl_c(capsys, monkeypatch):
+    step, steps = loop.Trainer._step, []
+
+    def interrupted(self, engine, images):
+        steps.append(1)
+        if len(steps) == 30:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, engine, images)
+
+    monkeypatch.setattr(loop.Trainer, "_step", interrupted)
+    run(*QUICK, "--epochs", "9", "--run-dir", "a", status=130)
+    assert one_line(capsys) == (
+        "snf-ext: stopped after 2 of 9 epochs; go on with --resume --run-dir a"
+    )
+    assert checkpoint.load(Path("a/last.pt"), resume=True)["epoch"] == 2
+
+
+def test_divergence_is_told_in_one_line(capsys):
+    run(*QUICK, "--lr", "1e12", "--warmup-epochs", "0", "--run-dir", "a", status=1)
+    assert re.match(r"snf-ext: training diverged: .* in epoch 1, step", one_line(capsys))
+    assert checkpoint.load(Path("a/last.pt"))["epoch"] == 0
+
+
+# ---- requests that cannot be met: one line, status 2, nothing written
+
+BAD = {
+    "no data folder": ("train --data mnist", "--data mnist needs --data-dir"),
+    "data folder": ("train --data mnist --data-dir nope", "nope does not exist; --data-dir must"),
+    "data files": ("train --data mnist --data-dir .", "train-images-idx3-ubyte does not exist"),
+    "limit": ("train --limit-train 9999", r"limit_train must lie in 1\.\.1197; got 9999"),
+    "lr": ("train --lr -1", "lr must be positive and finite; got -1"),
+    "epochs": ("train --epochs 0", "epochs must be at least 1; got 0"),
+    "threads": ("train --threads 0", "threads must be at least 1; got 0"),
+    "device": ("train --device tpu", "device must be cpu, cuda, cuda:N or auto; got 'tpu'"),
+    "no such gpu": ("train --device cuda:99", "device cuda:99 is not there; this machine offers"),
+    "argument name": ("train --model-args depth=3", "NAME one of layers, linear; got 'depth=3'"),
+    "argument form": ("train --model-args layers", "must be NAME=VALUE, .*; got 'layers'"),
+    "argument type": ("train --model-args layers=two", "layers must be of type int; got 'two'"),
+    "argument range": ("train --model-args layers=0", "layers must be at least 1; got 0"),
+    "argument choice": ("train --model-args linear=x", "linear must be one of .*; got 'x'"),
+    "resume what": ("train --resume", "--resume needs --run-dir"),
+    "nothing to resume": ("train --resume --run-dir nope", "there is nothing to resume"),
+    "folder": ("train --run-dir full", "run folder full must be new or empty; .* --resume"),
+    "file as folder": ("train --run-dir full/file", "run folder full/file must be writable"),
+    "file in the way": ("train --run-dir full/file/a", "run folder full/file/a must be writable"),
+    "no checkpoint": ("evaluate --checkpoint nope.pt", "nope.pt does not exist; a checkpoint must"),
+    "bad checkpoint": ("evaluate --checkpoint full/file", "full/file must be a checkpoint of snf"),
+    "sample of what": ("sample --checkpoint full/file", "full/file must be a checkpoint of snf"),
+    "count": ("sample --checkpoint full/file --count 0", "count must be at least 1; got 0"),
+    "temperature": (
+        "sample --checkpoint full/file --temperature nan",
+        "temperature must be positive and finite; got nan",
+    ),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD.values(), ids=BAD)
+def test_bad_requests(tmp_path, capsys, argv, message):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("something")
+    before = sorted(tmp_path.rglob("*"))
+    run(*argv.split(), status=2)
+    line = one_line(capsys)
+    assert line.startswith("snf-ext: ")
+    assert re.search(message, line), line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    run("train", "--run-dir", tmp_path / "locked", status=2)
+    assert "locked must be writable; Permission denied" in one_line(capsys)
+    assert not list((tmp_path / "locked").iterdir())
+
+
+def test_resume_refuses_another_run(trained, capsys):
+    folder = trained[0]
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for argv, message in {
+        "--lr 0.5": r"lr must stay 0\.001 when a run is resumed; got 0\.5",
+        "--seed 1": "seed must stay 0 when a run is resumed; got 1",
+        "--batch-size 7": "batch_size must stay 100",
+        "--data mnist": "data must stay 'digits'",
+        "--no-shuffle": "shuffle must stay True",
+        "--limit-train 5": "limit_train must stay None",
+        "--model-args layers=3": r"model_args must stay {}",
+        "--epochs 5": "epochs must be at least the 40 that are done; got 5",
+    }.items():
+        run("train", "--resume", "--run-dir", folder, *argv.split(), status=2)
+        assert re.search(message, one_line(capsys))
+    assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_data_that_do_not_fit_the_checkpoint(trained, capsys, monkeypatch):
+    from snf_ext.training import data
+
+    images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    other = data.Dataset("mnist", images, images, images, (1, 28, 28), 256)
+    monkeypatch.setitem(data.LOADERS, "mnist", lambda folder: other)
+    run("evaluate", "--checkpoint", trained[0] / "best.pt", "--data", "mnist", status=2)
+    assert "must have events (1, 8, 8) of 17 levels" in one_line(capsys)
+
+
+def test_a_disk_that_fills_up_is_told_in_one_line(capsys, monkeypatch):
+    save, count = torch.save, []
+
+    def full(content, path):
+        count.append(1)
+        if len(count) == 4:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    run(*QUICK, "--epochs", "9", "--run-dir", "a", status=2)
+    assert "No space left on device" in one_line(capsys)
+    assert not list(Path("a").glob(".*"))
+    assert checkpoint.load(Path("a/last.pt"), resume=True)["epoch"] == 0
+
+
+@pytest.mark.parametrize("argv", ["train --colour red", "paint", "train --model unheard-of"])
+def test_unknown_words(capsys, argv):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv.split())
+    assert stopped.value.code == 2
+    assert argv.split()[-1 if "paint" in argv else 1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "sample"])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command.split(), "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert ("--checkpoint" if command in ("evaluate", "sample") else "train") in out
+
+
+@pytest.mark.parametrize("module", ["tyro", "ignite", "sklearn", "matplotlib", "tensorboard"])
+def test_a_missing_extra_names_the_command(capsys, monkeypatch, module):
+    for name in [m for m in sys.modules if m.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    run("train", "--epochs", "1", "--run-dir", "a", status=2)
+    line = one_line(capsys)
+    assert line == (
+        f'snf-ext: {module} is needed here and not installed: pip install "snf_ext[train]"'
+    )
+    assert not Path("a").exists()
+
+
+def test_importing_needs_torch_alone():
+    """Everything but the commands themselves works without the extra."""
+    code = """
+import sys
+extra = {"ignite", "tqdm", "tyro", "tensorboard", "matplotlib", "sklearn", "scipy", "PIL"}
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in extra:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Refuse())
+import torch
+import snf_ext.cli
+from snf_ext.training.angle import gradient_angle
+from snf_ext.training.evaluate import evaluate
+flow = snf_ext.models.fc((1, 2, 2))
+images = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+print(len(gradient_angle(flow, images)), evaluate(flow, images).images)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "3"]

@@ -1,0 +1,80 @@
+"""The README is true: its code runs, its commands are those of CI, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import snf_ext
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def namespace():
+    """What the README's Python blocks define, run one after the other."""
+    torch.manual_seed(0)
+    names: dict = {}
+    for number, block in enumerate(blocks("python")):
+        exec(compile(block, f"README.md, Python block {number}", "exec"), names)
+    return names
+
+
+def test_python_blocks_run(namespace):
+    assert namespace["log_det"].shape == namespace["recon"].shape == (32,)
+    assert namespace["layer"].weight_inv.grad.abs().max() > 0
+    torch.testing.assert_close(namespace["true"], namespace["x"], rtol=0, atol=1e-4)
+    assert namespace["exact_log_det"].shape == ()
+    assert namespace["nats"].shape == (100,)
+    assert namespace["samples"].shape == (16, 64)
+
+
+def test_equivalent_code_gives_the_layers_gradients(namespace):
+    torch.manual_seed(1)
+    layer = snf_ext.SelfNormLinear(5, bias=False).double()
+    with torch.no_grad():
+        layer.weight.add_(torch.randn(5, 5))
+        layer.weight_inv.add_(torch.randn(5, 5))
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    inputs = (x, layer.weight, layer.weight_inv)
+    upstream = (torch.randn(7, 5).double(), torch.randn(7).double(), torch.randn(7).double())
+
+    ours = layer(x)
+    theirs = namespace["SelfNormLinearFunction"].apply(*inputs)
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(outputs, inputs, upstream) for outputs in (ours, theirs)]
+    for got, expected in zip(*gradients, strict=True):
+        assert expected.abs().max() > 0.1
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+def test_ci_runs_the_two_commands():
+    ci = ROOT / ".ci" / "run"
+    if not ci.exists():
+        pytest.skip("no .ci/run beside these tests")
+    commands = [block.strip() for block in blocks("sh")]
+    assert len(commands) == 2, "the README starts with two commands"
+    assert commands[0].endswith(".venv/bin/snf-ext train --model fc")
+    assert commands[1].endswith(".venv/bin/pytest")
+    lines = [line.strip() for line in ci.read_text(encoding="utf-8").splitlines()]
+    for command in commands:
+        assert "\n" not in command, "one line, to be copied whole"
+        assert lines.count(command) == 1, f"not run by .ci/run: {command}"
+
+
+def test_links_lead_to_files():
+    if not (ROOT / "docs").exists():
+        pytest.skip("no docs beside these tests")
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert "docs/images/digits-samples.png" in targets
+    missing = [t for t in targets if "://" not in t and not (ROOT / t).exists()]
+    assert not missing

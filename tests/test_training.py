@@ -1,0 +1,541 @@
+"""Training and measuring: the numbers are right, and a run can be cut off anywhere."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import snf_ext
+from snf_ext.training import checkpoint, evaluate
+from snf_ext.training.angle import gradient_angle, mean_angle
+from snf_ext.training.batches import Batches
+from snf_ext.training.config import Config, resolve
+from snf_ext.training.data import Dataset
+from snf_ext.training.errors import Diverged, UserError
+from snf_ext.training.loop import Trainer
+from snf_ext.training.seeds import derive_seed
+
+SHAPE = (1, 2, 3)
+
+
+def images(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(17, (count, *SHAPE), generator=generator, dtype=torch.uint8)
+
+
+DATA = Dataset("noise", images(50, 1), images(20, 2), images(20, 3), SHAPE, 17)
+CONFIG = Config("fc", "noise", 5, 8, 1e-2, 1.0, warmup_epochs=2, clip_norm=100.0, seed=7)
+
+
+def trainer(folder, config=CONFIG, data=DATA):
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    flow = snf_ext.models.fc(SHAPE, levels=17)
+    return Trainer(flow, {"name": "fc", "settings": {}}, data, config, folder, progress=False)
+
+
+def new_run(folder, config=CONFIG):
+    run = trainer(folder, config)
+    run.begin()
+    return run
+
+
+def resumed(folder, config=CONFIG):
+    run = trainer(folder, config)
+    torch.manual_seed(123456)  # whatever came before must not matter
+    run.flow.load_state_dict({k: v + 1 for k, v in run.flow.state_dict().items()})
+    run.resume(checkpoint.load(folder / "last.pt", resume=True), folder / "last.pt")
+    return run
+
+
+def same_run(a, b):
+    """Bit for bit the same files, but for the clock."""
+    for name in ("last.pt", "best.pt"):
+        one, two = checkpoint.load(a / name), checkpoint.load(b / name)
+        for content in (one, two):
+            del content["config"]["epochs"]  # best.pt has what was asked for when it was written
+            for row in content.get("history", []):
+                del row["seconds"]
+        assert_same(one, two)
+
+
+def assert_same(a, b, where=""):
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert a.numpy().tobytes() == b.numpy().tobytes(), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """On matrices this small, threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert new_run(folder).fit()
+    return folder
+
+
+# ---- the likelihood
+
+
+def test_nll_against_the_jacobian():
+    torch.manual_seed(0)
+    flow = snf_ext.Flow(
+        [
+            snf_ext.Normalize(0.0, 17.0),
+            snf_ext.Logit(1e-3),
+            snf_ext.Flatten(SHAPE),
+            snf_ext.SelfNormLinear(6),
+            snf_ext.SmoothLeakyReLU(0.3),
+            snf_ext.SelfNormLinear(6),
+        ],
+        SHAPE,
+    ).double()
+    for parameter in flow.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    x = images(7).double() + torch.rand(7, *SHAPE, dtype=torch.float64)
+    expected = []
+    for sample in x:
+        matrix = torch.autograd.functional.jacobian(lambda s: flow(s[None]).z[0], sample)
+        z = flow(sample[None]).z[0]
+        log_normal = -0.5 * z.square().sum() - 3 * math.log(2 * math.pi)
+        expected.append(-(log_normal + torch.linalg.slogdet(matrix.reshape(6, 6)).logabsdet))
+    expected = torch.stack(expected).detach()
+    nll = evaluate.negative_log_likelihood(flow, x)
+    torch.testing.assert_close(nll, expected, rtol=1e-10, atol=1e-10)
+    result = evaluate.evaluate(flow, x)
+    assert result.nll == pytest.approx(expected.mean().item(), rel=1e-10)
+    assert result.bits_per_dim == pytest.approx(expected.mean().item() / math.log(2) / 6, rel=1e-10)
+    assert result.nll_error == pytest.approx(
+        expected.std(correction=0).item() / math.sqrt(7), rel=1e-9
+    )
+    assert result.images == 7
+
+
+def test_bits_of_a_uniform_density_count_the_levels():
+    """Uniform over 17 values is log2 17 bits a pixel, by the flow's own preprocessing."""
+
+    class Uniform(snf_ext.Flow):
+        def log_prob(self, x, context=None):
+            step = self.forward(x)  # dequantized and scaled to [0, 1], where the density is 1
+            assert ((step.z >= 0) & (step.z <= 1)).all()
+            return step.log_det
+
+    flow = Uniform([snf_ext.Dequantize(17), snf_ext.Normalize(0.0, 17.0)], SHAPE)
+    nll = evaluate.negative_log_likelihood(flow, images(9)).mean().item()
+    assert evaluate.bits_per_dim(nll, SHAPE) == pytest.approx(math.log2(17), rel=1e-6)
+
+
+def test_measuring_repeats_and_leaves_no_trace():
+    flow = snf_ext.models.fc(SHAPE, levels=17).train()
+    x = images(600)  # two batches
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = evaluate.evaluate(flow, x, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert flow.training
+    assert all(p.grad is None for p in flow.parameters())
+    assert evaluate.evaluate(flow.eval(), x, seed=1) == first
+    assert evaluate.evaluate(flow, x, seed=2).nll != first.nll
+    assert not flow.training
+    with pytest.raises(ValueError, match="images must be at least one; got none"):
+        evaluate.evaluate(flow, x[:0])
+
+
+def test_reconstruction_error_by_hand():
+    torch.manual_seed(0)
+    one, two = snf_ext.SelfNormLinear(6), snf_ext.SelfNormLinear(6)
+    flow = snf_ext.Flow([snf_ext.Normalize(0, 17), snf_ext.Flatten(SHAPE), one, two], SHAPE)
+    for parameter in flow.double().parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    x = images(5).double()
+    u = x.flatten(1) / 17
+    with torch.no_grad():
+        h = u @ one.weight.T + one.bias
+        z = h @ two.weight.T + two.bias
+        back = (z - two.bias) @ two.weight_inv.T
+        back = (back - one.bias) @ one.weight_inv.T
+        layer_one = u @ (one.weight_inv @ one.weight).T - u
+        layer_two = h @ (two.weight_inv @ two.weight).T - h
+    total, layers = evaluate.reconstruction_error(flow, x)
+    assert total == pytest.approx((back - u).square().sum(1).mean().item(), rel=1e-10)
+    assert layers == pytest.approx(
+        {
+            "bijections.2": layer_one.square().sum(1).mean().item(),
+            "bijections.3": layer_two.square().sum(1).mean().item(),
+        },
+        rel=1e-10,
+    )
+
+
+# ---- the angle
+
+
+def linear_flow(count, exact_inverse):
+    torch.manual_seed(0)
+    bijections = []
+    for index in range(count):
+        bijections += [snf_ext.SmoothLeakyReLU(0.3)] if index else []
+        bijections += [snf_ext.SelfNormLinear(6)]
+    flow = snf_ext.Flow(bijections, (6,)).double()
+    for layer in flow.bijections[::2]:
+        layer.weight.data += 0.2 * torch.randn(6, 6, dtype=torch.float64)
+        if exact_inverse:
+            layer.weight_inv.data = torch.linalg.inv(layer.weight.data)
+    return flow
+
+
+def test_angle_is_zero_with_the_exact_inverse():
+    x = torch.randn(10, 6, dtype=torch.float64)
+    angles = gradient_angle(linear_flow(2, exact_inverse=True), x)
+    assert list(angles) == ["bijections.0", "bijections.2"]
+    assert max(angles.values()) < 1e-9
+    torch.manual_seed(0)
+    conv = snf_ext.SelfNormConv2d(3, 1).double()
+    conv.weight.data += 0.2 * torch.randn(3, 3, 1, 1, dtype=torch.float64)
+    conv.weight_inv.data = torch.linalg.inv(conv.weight.data[..., 0, 0])[..., None, None]
+    flow = snf_ext.Flow([conv], (3, 4, 5))
+    angles = gradient_angle(flow, torch.randn(10, 3, 4, 5, dtype=torch.float64))
+    assert angles["bijections.0"] < 1e-9
+
+
+def arccos_degrees(u, v):
+    cosine = (u * v).sum() / (u.norm() * v.norm())
+    return math.degrees(math.acos(cosine))
+
+
+def test_angle_of_two_linear_layers_by_hand():
+    flow = linear_flow(2, exact_inverse=False)
+    first, second = flow.bijections[0], flow.bijections[2]
+    x = torch.randn(10, 6, dtype=torch.float64)
+    weights = [layer.weight.detach().clone().requires_grad_() for layer in (first, second)]
+    h = F.linear(x, weights[0], first.bias.detach())
+    z = F.linear(0.3 * h + 0.7 * F.softplus(h), weights[1], second.bias.detach())
+    slope = 0.3 + 0.7 * torch.sigmoid(h)
+    data_term = (0.5 * z.square().sum(1) - slope.log().sum(1)).mean()
+    gradients = torch.autograd.grad(data_term, weights)
+    expected = {}
+    for name, layer, gradient in zip(
+        ("bijections.0", "bijections.2"), (first, second), gradients, strict=True
+    ):
+        learned = 0.5 * gradient - 0.5 * layer.weight_inv.detach().T
+        exact = gradient - torch.linalg.inv(layer.weight.detach()).T
+        expected[name] = arccos_degrees(learned, exact)
+    angles = gradient_angle(flow, x)
+    assert min(expected.values()) > 1
+    assert angles == pytest.approx(expected, rel=1e-6)
+    assert mean_angle(angles) == pytest.approx(sum(expected.values()) / 2, rel=1e-6)
+
+
+def test_angle_of_a_convolution_against_the_dense_jacobian():
+    torch.manual_seed(0)
+    shape = (2, 3, 4)
+    conv = snf_ext.SelfNormConv2d(2, 3, dilation=2, inverse_kernel_size=5).double()
+    conv.weight.data += 0.1 * torch.randn_like(conv.weight)
+    flow = snf_ext.Flow([conv], shape, recon_weight=0.0)
+    x = torch.randn(6, *shape, dtype=torch.float64)
+    flow.loss(x).backward()
+    weight = conv.weight.detach().clone().requires_grad_()
+    basis = torch.eye(24, dtype=torch.float64).reshape(24, *shape)
+    matrix = F.conv2d(basis, weight, padding=2, dilation=2).flatten(1).T
+    z = F.conv2d(x, weight, conv.bias.detach(), padding=2, dilation=2)
+    loss = 0.5 * z.square().sum((1, 2, 3)).mean() - torch.linalg.slogdet(matrix).logabsdet
+    loss.backward()
+    expected = arccos_degrees(conv.weight.grad, weight.grad)
+    assert expected > 0.5
+    assert gradient_angle(flow, x) == pytest.approx({"bijections.0": expected}, rel=1e-6)
+
+
+def test_angle_leaves_the_flow_alone():
+    flow = snf_ext.models.fc(SHAPE, levels=17).eval().requires_grad_(False)
+    before = {k: v.clone() for k, v in flow.state_dict().items()}
+    gradient_angle(flow, images(5))
+    assert_same(dict(flow.state_dict()), before)
+    assert not flow.training
+    assert all(p.grad is None and not p.requires_grad for p in flow.parameters())
+    assert gradient_angle(snf_ext.models.fc(SHAPE, linear="exact"), images(5)) == {}
+    assert mean_angle({}) is None
+
+
+# ---- settings, order, learning rate
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("epochs", 0, "at least 1"),
+        ("batch_size", 0, "at least 1"),
+        ("lr", 0.0, "positive and finite"),
+        ("lr", float("nan"), "positive and finite"),
+        ("recon_weight", -1.0, "finite, not negative"),
+        ("warmup_epochs", float("inf"), "finite, not negative"),
+        ("clip_norm", 0.0, "positive"),
+        ("angle_every", -1, "at least 0"),
+    ],
+)
+def test_settings_out_of_range(name, value, rule):
+    with pytest.raises(UserError, match=f"{name} must be {rule}; got {value}"):
+        Config.from_dict(CONFIG.to_dict() | {name: value})
+
+
+def test_settings_of_a_resumed_run():
+    assert resolve({"model": None, "epochs": None}, CONFIG) == CONFIG
+    assert resolve({"epochs": 9, "lr": 1e-2}, CONFIG).epochs == 9
+    for name, value in [("lr", 0.5), ("seed", 8), ("batch_size", 9), ("data", "mnist")]:
+        with pytest.raises(UserError, match=f"{name} must stay .* when a run is resumed; got"):
+            resolve({name: value}, CONFIG)
+    with pytest.raises(UserError, match=r"the run's settings must fit this version; .*colour"):
+        Config.from_dict(CONFIG.to_dict() | {"colour": "red"})
+
+
+def test_paper_settings_for_mnist():
+    config = resolve({"model": "fc", "data": "mnist"})
+    chosen = (config.batch_size, config.lr, config.recon_weight, config.warmup_epochs)
+    assert chosen == (100, 1e-4, 1.0, 10.0)
+
+
+def test_batches_cover_each_epoch_in_an_order_of_its_own():
+    batches = Batches(torch.arange(50), 8, seed=3, shuffle=True)
+    assert len(batches) == 7
+    stream = batches.stream(1)
+    epochs = [torch.cat([next(stream) for _ in range(7)]) for _ in range(3)]
+    for epoch in epochs:
+        assert torch.equal(epoch.sort().values, torch.arange(50))
+    assert not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(torch.cat(list(batches.epoch(3))), epochs[2])
+    assert [len(batch) for batch in batches.epoch(1)] == [8] * 6 + [2]
+    other = Batches(torch.arange(50), 8, seed=4, shuffle=True)
+    assert not torch.equal(torch.cat(list(other.epoch(1))), epochs[0])
+    straight = Batches(torch.arange(50), 8, seed=3, shuffle=False)
+    assert torch.equal(torch.cat(list(straight.epoch(2))), torch.arange(50))
+
+
+def test_seeds_are_of_their_parts_alone():
+    parts = [(0, "epoch", 1), (0, "epoch", 2), (1, "epoch", 1), (0, "order", 1), (0, "epoch1")]
+    assert len({derive_seed(*p) for p in parts}) == len(parts)
+    assert derive_seed(0, "epoch", 1) == 65714578822508956
+
+
+def test_learning_rate_and_clipping_of_each_step(tmp_path):
+    config = Config.from_dict(CONFIG.to_dict() | {"epochs": 3, "clip_norm": 0.5})
+    run = new_run(tmp_path, config)
+    rates, norms = [], []
+
+    def before_step(optimizer, args, kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        gradients = [p.grad.flatten() for p in run.flow.parameters()]
+        norms.append(torch.cat(gradients).norm().item())
+
+    run.optimizer.register_step_pre_hook(before_step)
+    run.fit()
+    warmup = 2 * 7  # epochs times steps
+    expected = [1e-2 * min(1.0, step / warmup) for step in range(1, 22)]
+    assert rates == pytest.approx(expected, rel=1e-12)
+    assert norms == pytest.approx([0.5] * 21, rel=1e-4)
+    assert [row["lr"] for row in run.history] == pytest.approx([0.0, 5e-3, 1e-2, 1e-2])
+
+
+def test_the_loop_is_plain_adam(tmp_path):
+    """The loop's weights are those of the same steps written out."""
+    config = Config.from_dict(CONFIG.to_dict() | {"epochs": 2, "clip_norm": None})
+    run = new_run(tmp_path, config)
+    run.fit()
+    torch.manual_seed(0)
+    flow = snf_ext.models.fc(SHAPE, levels=17).train()
+    optimizer = torch.optim.Adam(flow.parameters(), betas=(0.9, 0.999))
+    step = 0
+    for epoch in (1, 2):
+        torch.manual_seed(derive_seed(7, "epoch", epoch))
+        for batch in Batches(DATA.train, 8, 7, True).epoch(epoch):
+            step += 1
+            optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, step / 14)
+            optimizer.zero_grad()
+            flow.loss(batch).backward()
+            optimizer.step()
+    for name, value in run.flow.state_dict().items():
+        torch.testing.assert_close(value, flow.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
+# ---- runs that end, and runs that go on
+
+
+def test_history_and_best(whole):
+    history = json.loads((whole / "history.json").read_text())
+    last, best = checkpoint.load(whole / "last.pt", resume=True), checkpoint.load(whole / "best.pt")
+    assert last["history"] == history
+    assert [row["epoch"] for row in history] == list(range(6))
+    assert [row["step"] for row in history] == [7 * epoch for epoch in range(6)]
+    lowest = min(history, key=lambda row: row["val_nll"])
+    assert (best["epoch"], best["val_nll"]) == (lowest["epoch"], lowest["val_nll"])
+    assert last["best"] == {"epoch": lowest["epoch"], "val_nll": lowest["val_nll"]}
+    flow = snf_ext.models.fc(SHAPE, levels=17)
+    checkpoint.load_weights(flow, best, whole / "best.pt")
+    nll = evaluate.negative_log_likelihood(flow, DATA.val, CONFIG.seed).mean().item()
+    assert nll == pytest.approx(lowest["val_nll"], rel=1e-9)
+    for row in history:
+        assert row["val_bits_per_dim"] == pytest.approx(row["val_nll"] / math.log(2) / 6)
+        assert 0 <= row["angle"] < 90
+    seconds = [row["seconds"] for row in history]
+    assert seconds == sorted(seconds)
+    names = {path.name for path in whole.iterdir()}
+    assert names == {"best.pt", "last.pt", "history.json", "tensorboard"}
+
+
+def test_tensorboard_log(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(whole / "tensorboard"))
+    log.Reload()
+    history = json.loads((whole / "history.json").read_text())
+    logged = [(event.step, event.value) for event in log.Scalars("val_nll")]
+    assert logged == [(row["epoch"], pytest.approx(row["val_nll"])) for row in history]
+    assert {"train_loss", "lr", "recon", "angle"} <= set(log.Tags()["scalars"])
+
+
+def test_two_runs_have_the_same_bits(whole, tmp_path):
+    assert new_run(tmp_path).fit()
+    same_run(whole, tmp_path)
+
+
+@pytest.mark.parametrize("done", [1, 4])
+def test_resume_is_bit_for_bit(whole, tmp_path, done):
+    short = Config.from_dict(CONFIG.to_dict() | {"epochs": done})
+    assert new_run(tmp_path, short).fit()
+    assert checkpoint.load(tmp_path / "last.pt")["epoch"] == done
+    assert resumed(tmp_path).fit()
+    same_run(whole, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [3, 14, 20])
+def test_a_signal_ends_the_run_and_resuming_is_bit_for_bit(whole, tmp_path, number, step):
+    run = new_run(tmp_path)
+    steps = []
+
+    def send(optimizer, args, kwargs):
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), number)
+
+    run.optimizer.register_step_post_hook(send)
+    handler = signal.getsignal(number)
+    assert not run.fit()
+    assert run.stopped_by == number
+    assert signal.getsignal(number) is handler
+    assert len(steps) == step
+    assert checkpoint.load(tmp_path / "last.pt")["epoch"] == (step - 1) // 7
+    assert resumed(tmp_path).fit()
+    same_run(whole, tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["last.pt", "history.json"])
+def test_cut_off_between_two_files(whole, tmp_path, monkeypatch, lost):
+    """The process dies when best.pt of epoch 3 is written and ``lost`` is not."""
+    run, replace = new_run(tmp_path), os.replace
+
+    def die(source, target):
+        if run.epoch == 3 and str(target).endswith(lost):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            run.fit()
+    assert resumed(tmp_path).fit()
+    same_run(whole, tmp_path)
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert [row["epoch"] for row in history] == list(range(6))
+
+
+def test_nothing_left_to_do(whole, tmp_path):
+    run = trainer(tmp_path)
+    run.resume(checkpoint.load(whole / "last.pt", resume=True), whole / "last.pt")
+    assert run.fit()
+    assert run.epoch == 5
+
+
+def test_training_leaves_the_callers_random_numbers(tmp_path):
+    run = new_run(tmp_path, Config.from_dict(CONFIG.to_dict() | {"epochs": 1}))
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run.fit()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    run = new_run(tmp_path)
+    loss, calls = run.flow.loss, []
+
+    def overflow(x, context=None):
+        calls.append(1)
+        return loss(x) * (float("inf") if len(calls) == 10 else 1.0)
+
+    monkeypatch.setattr(run.flow, "loss", overflow)
+    message = (
+        r"training diverged: the loss is inf in epoch 2, step 10; the last good checkpoint is "
+        r".*last.pt \(epoch 1, .* nats\); try a lower --lr, a larger --recon-weight"
+    )
+    with pytest.raises(Diverged, match=message):
+        run.fit()
+    content = checkpoint.load(tmp_path / "last.pt")
+    assert content["epoch"] == 1
+    assert all(value.isfinite().all() for value in content["state"].values())
+
+
+def test_a_bad_weight_is_never_saved(tmp_path):
+    """weight_inv does not enter the likelihood: a finite NLL does not make it a good epoch."""
+    run = new_run(tmp_path)
+    steps = []
+
+    def poison(optimizer, args, kwargs):
+        steps.append(1)
+        if len(steps) == 14:
+            run.flow.bijections[-1].weight_inv.data[0, 0] = float("nan")
+
+    run.optimizer.register_step_post_hook(poison)
+    with pytest.raises(Diverged, match=r"the parameter bijections.6.weight_inv is nan in epoch 2"):
+        run.fit()
+    assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 1
+
+
+def test_a_singular_layer_is_not_a_good_epoch(tmp_path):
+    run = trainer(tmp_path)
+    run.flow.bijections[-1].weight.data.zero_()
+    with pytest.raises(Diverged, match=r"the validation NLL is inf in epoch 0.*no checkpoint"):
+        run.begin()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_without_a_terminal(tmp_path, capfd):
+    run = new_run(tmp_path)
+    run.progress = True
+    run.fit()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 5
+    assert lines[-1].startswith("epoch 5/5  loss ")
+    assert f"val_nats {run.history[-1]['val_nll']:.4g}" in lines[-1]
