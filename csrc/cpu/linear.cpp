@@ -56,12 +56,12 @@ void scaled_transpose_tile(const T* in, int64_t stride, T scale, T* out) {
   put(3, __builtin_shufflevector(high01, high23, 2, 3, 6, 7));
 }
 
-// Rows [begin, end) of out = scale * in', both square. Goes down a panel of `in` one cache line
+// out = scale * in', both square. Goes down a panel of `in` one cache line
 // wide; the hardware does not foresee steps of a whole row, so lines are asked for ahead.
 template <typename T>
-void scaled_transpose(const T* in, int64_t features, int64_t begin, int64_t end, T scale, T* out) {
+void scaled_transpose(const T* in, int64_t features, T scale, T* out) {
   constexpr int64_t kPanel = 64 / sizeof(T), kAhead = 32;
-  at::parallel_for(begin, end, 64, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, features, 64, [&](int64_t first, int64_t last) {
     for (int64_t i0 = first; i0 < last; i0 += kPanel) {
       const int64_t i1 = std::min(last, i0 + kPanel);
       for (int64_t j = 0; j < features; j += kTile) {
@@ -85,23 +85,51 @@ void scaled_transpose(const T* in, int64_t features, int64_t begin, int64_t end,
   });
 }
 
-// delta' x + scale * other', the accumulator laid down a panel of rows at a time, so that the
-// product finds it in the cache.
+// delta' x + scale * other': the second term is laid down as the accumulator of the product.
 Tensor weight_gradient(const Tensor& delta, const Tensor& x, double scale, const Tensor& other) {
   const int64_t features = x.size(1);
   Tensor grad = pooled_empty({features, features}, x.options());
   if (scale == 0.0) return at::mm_out(grad, delta.t(), x);
-  const int64_t panel = std::max<int64_t>(64, (4 << 20) / (features * x.element_size()) / 64 * 64);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "snf_linear_backward", [&] {
-    const scalar_t* in = other.const_data_ptr<scalar_t>();
-    scalar_t* out = grad.mutable_data_ptr<scalar_t>();
-    for (int64_t begin = 0; begin < features; begin += panel) {
-      const int64_t end = std::min(features, begin + panel);
-      scaled_transpose<scalar_t>(in, features, begin, end, static_cast<scalar_t>(scale), out);
-      grad.narrow(0, begin, end - begin).addmm_(delta.narrow(1, begin, end - begin).t(), x);
+    scaled_transpose<scalar_t>(
+        other.const_data_ptr<scalar_t>(), features, static_cast<scalar_t>(scale),
+        grad.mutable_data_ptr<scalar_t>());
+  });
+  return grad.addmm_(delta.t(), x);
+}
+
+Tensor product(const Tensor& a, const Tensor& b) {
+  Tensor out = pooled_empty({a.size(0), b.size(1)}, a.options());
+  return at::mm_out(out, a, b);
+}
+
+// What the products of backward need of the batch, in one pass.
+struct Deltas {
+  Tensor pull;    // 2 q e
+  Tensor weight;  // dz / 2, to which the product pull R is added
+  Tensor y;       // z - c
+};
+
+template <typename T>
+void fill_deltas(
+    const Tensor& dz, const Tensor& q, const Tensor& residual, const Tensor& z,
+    const OptionalTensor& bias, Deltas& out) {
+  const int64_t columns = dz.size(1);
+  const T *dz_ = dz.const_data_ptr<T>(), *q_ = q.const_data_ptr<T>(),
+          *e_ = residual.const_data_ptr<T>(), *z_ = z.const_data_ptr<T>();
+  const T* c_ = bias ? bias->const_data_ptr<T>() : nullptr;
+  T *pull = out.pull.mutable_data_ptr<T>(), *half = out.weight.mutable_data_ptr<T>();
+  T* y = bias ? out.y.mutable_data_ptr<T>() : nullptr;
+  at::parallel_for(0, dz.size(0), 1 + (1 << 14) / columns, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t at = row * columns;
+      const T twice = 2 * q_[row];
+      for (int64_t i = 0; i < columns; ++i) pull[at + i] = twice * e_[at + i];
+      for (int64_t i = 0; i < columns; ++i) half[at + i] = T(0.5) * dz_[at + i];
+      if (c_ != nullptr)
+        for (int64_t i = 0; i < columns; ++i) y[at + i] = z_[at + i] - c_[i];
     }
   });
-  return grad;
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(
@@ -109,8 +137,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   check_linear(x, weight, weight_inv, bias);
   const WithoutAutocast full_precision;
   const Tensor flat = rows(x, weight.size(0));
-  Tensor z = at::mm(flat, wide(weight).t());
-  Tensor residual = at::addmm(flat, z, wide(weight_inv).t(), /*beta=*/-1);
+  Tensor z = product(flat, wide(weight).t());
+  Tensor residual = pooled_empty(flat.sizes(), flat.options());
+  at::addmm_out(residual, flat, z, wide(weight_inv).t(), /*beta=*/-1);
   Tensor recon = at::empty({flat.size(0)}, flat.options());
   if (bias) z.add_(*bias);
   AT_DISPATCH_FLOATING_TYPES(flat.scalar_type(), "snf_linear_forward", [&] {
@@ -131,25 +160,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor w = wide(weight), r = wide(weight_inv);
   const double half_total = 0.5 * total(grad_log_det);
   const auto type = x.scalar_type();
-  Tensor dx, pull, dw, dr, dc;
-  if (grad_recon)
-    pull = residual.view({-1, features}) *
-           per_sample(grad_recon, flat.scalar_type())->mul(2).unsqueeze(1);
-  if (mask[0] || mask[2]) dx = at::mm(dz, w);
-  if (mask[1]) {
-    const Tensor delta = pull.defined() ? at::addmm(dz, pull, r, /*beta=*/0.5) : dz * 0.5;
-    dw = weight_gradient(delta, flat, half_total, r).to(type);
+  Tensor dx, dw, dr, dc;
+  if (mask[0] || mask[2]) dx = product(dz, w);
+  if (grad_recon) {
+    const auto like = [&] { return pooled_empty(dz.sizes(), dz.options()); };
+    const Tensor out = rows(z, features), e = residual.view({-1, features});
+    Deltas deltas = {like(), like(), bias ? like() : out};
+    AT_DISPATCH_FLOATING_TYPES(dz.scalar_type(), "snf_linear_backward", [&] {
+      fill_deltas<scalar_t>(
+          dz, *per_sample(grad_recon, dz.scalar_type()), e, out, wide(bias), deltas);
+    });
+    if (mask[1]) dw = weight_gradient(deltas.weight.addmm_(deltas.pull, r), flat, half_total, r);
+    if (mask[2]) dr = weight_gradient(deltas.pull.sub_(dx, 0.5), deltas.y, -half_total, w);
+  } else {
+    if (mask[1]) dw = weight_gradient(dz * 0.5, flat, half_total, r);
+    if (mask[2]) {
+      const Tensor out = rows(z, features);
+      dr = weight_gradient(dx * -0.5, bias ? out - wide(*bias) : out, -half_total, w);
+    }
   }
-  if (mask[2]) {
-    const Tensor delta = pull.defined() ? pull.sub_(dx, /*alpha=*/0.5) : dx * -0.5;
-    const Tensor y = bias ? rows(z, features) - wide(*bias) : rows(z, features);
-    dr = weight_gradient(delta, y, -half_total, w).to(type);
-  }
-  if (mask[3]) dc = dz.sum(0).to(type);
-  if (mask[0]) dx = dx.to(type).view(x.sizes());
+  if (mask[3]) dc = dz.sum(0);
+  if (mask[0]) dx = dx.view(x.sizes());
   // What was not asked for has no elements; outputs of an operator may not share memory.
   const auto output = [&](bool wanted, const Tensor& t) {
-    return wanted ? t : at::empty({0}, x.options());
+    return wanted ? t.to(type) : at::empty({0}, x.options());
   };
   return {output(mask[0], dx), output(mask[1], dw), output(mask[2], dr), output(mask[3], dc)};
 }
