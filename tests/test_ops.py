@@ -289,6 +289,34 @@ def test_meta(case):
         assert a.dtype == b.dtype
 
 
+@needs_native
+@pytest.mark.parametrize(
+    ("op", "x", "weight"),
+    [("snf_linear", (3, 700), (700, 700)), ("snf_conv2d", (5, 3, 150, 140), (3, 3, 3, 3))],
+)
+def test_large_tensors_come_from_a_pool_and_keep_their_values(op, x, weight):
+    """Memory freed by one step serves the next, and never a tensor that is still held."""
+
+    def step(seed, function):
+        generator = torch.Generator().manual_seed(seed)
+        leaves = [
+            torch.randn(shape, generator=generator).mul_(scale).requires_grad_()
+            for shape, scale in ((x, 1.0), (weight, 0.1), (weight, 0.1))
+        ]
+        z, log_det, recon = function(*leaves)
+        loss = z.square().mean() - log_det.mean() + recon.mean()
+        return [z.detach(), *torch.autograd.grad(loss, leaves)]
+
+    native, reference = getattr(torch.ops.snf_ext, op), getattr(snf_ext.reference, op)
+    held = step(0, native)
+    copies = [t.clone() for t in held]
+    for seed in (1, 2, 3):
+        for ours, want in zip(step(seed, native), step(seed, reference), strict=True):
+            torch.testing.assert_close(ours, want, rtol=2e-4, atol=2e-4 * want.abs().max().item())
+    for t, copy in zip(held, copies, strict=True):
+        assert torch.equal(t, copy)
+
+
 def bad_arguments():
     x, w = torch.randn(2, 4), torch.randn(4, 4)
     yield (
