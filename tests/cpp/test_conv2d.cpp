@@ -1,7 +1,10 @@
 // snf_conv2d against its dense matrix in float64: values, gradients and error messages.
 #include <ATen/ATen.h>
 
+#include <algorithm>
+#include <random>
 #include <sstream>
+#include <vector>
 
 #include "dense.h"
 #include "expect.h"
@@ -62,6 +65,33 @@ void compare(const Case& c, at::ScalarType type, double tolerance) {
   expect::close(bias.grad(), dz.to(at::kDouble).sum({0, 2, 3}), tolerance, name + " grad bias");
 }
 
+// Shapes by chance, small images and up to 70 channels, so that both families of CPU kernels and
+// their remainders are reached. The same on every machine: the engine's numbers are standardised.
+std::vector<Case> drawn(int count) {
+  std::mt19937 engine(7);
+  const auto one_of = [&](std::vector<int64_t> choices) {
+    return choices[engine() % choices.size()];
+  };
+  std::vector<Case> cases;
+  for (int i = 0; i < count; ++i) {
+    const int64_t groups = one_of({1, 1, 2, 3}),
+                  width = one_of({1, 2, 5, 8, 15, 16, 17, 33, 48, 70});
+    const int64_t channels = groups * std::min<int64_t>(width, 70 / groups);
+    const int64_t most = channels > 20 ? 2 : 7;
+    const int64_t height = 1 + engine() % most, columns = 1 + engine() % most;
+    const int64_t kernel = one_of({1, 3, 5, 7}), inverse = one_of({1, 3, 5, 7});
+    cases.push_back(
+        {one_of({1, 2, 9}),
+         {channels, height, columns},
+         channels > 20 ? std::min<int64_t>(kernel, 3) : kernel,
+         channels > 20 ? std::min<int64_t>(inverse, 3) : inverse,
+         one_of({1, 1, 2}),
+         groups,
+         one_of({0, 1}) == 1});
+  }
+  return cases;
+}
+
 void messages() {
   const Tensor x = at::randn({2, 4, 6, 6}), w = at::randn({4, 4, 3, 3});
   expect::throws(
@@ -73,17 +103,20 @@ void messages() {
 
 int main() {
   at::manual_seed(0);
-  for (const Case& c : {
-           Case{1, {1, 5, 5}, 3, 3, 1, 1, false},
-           Case{3, {4, 6, 5}, 3, 3, 1, 1, false},
-           Case{2, {4, 5, 7}, 5, 5, 1, 2, false},
-           Case{2, {2, 7, 6}, 3, 3, 2, 1, false},
-           Case{2, {3, 5, 6}, 1, 1, 1, 3, false},
-           Case{2, {2, 8, 7}, 3, 7, 1, 1, false},
-           Case{3, {4, 6, 5}, 3, 3, 1, 2, true},
-           Case{2, {2, 7, 9}, 3, 5, 2, 1, true},
-           Case{2, {12, 4, 5}, 3, 3, 1, 1, false},
-       }) {
+  std::vector<Case> cases = drawn(40);
+  cases.insert(
+      cases.end(), {
+                       Case{1, {1, 5, 5}, 3, 3, 1, 1, false},
+                       Case{3, {4, 6, 5}, 3, 3, 1, 1, false},
+                       Case{2, {4, 5, 7}, 5, 5, 1, 2, false},
+                       Case{2, {2, 7, 6}, 3, 3, 2, 1, false},
+                       Case{2, {3, 5, 6}, 1, 1, 1, 3, false},
+                       Case{2, {2, 8, 7}, 3, 7, 1, 1, false},
+                       Case{3, {4, 6, 5}, 3, 3, 1, 2, true},
+                       Case{2, {2, 7, 9}, 3, 5, 2, 1, true},
+                       Case{2, {12, 4, 5}, 3, 3, 1, 1, false},
+                   });
+  for (const Case& c : cases) {
     compare(c, at::kDouble, 1e-10);
     compare(c, at::kFloat, 2e-4);
   }
