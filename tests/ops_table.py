@@ -104,4 +104,7 @@ OPS = [
     conv("conv-channels-24-circular", (2, 24, 3, 2), 3, circular=True),
     conv("conv-channels-48-groups", (3, 48, 2, 2), 3, groups=3, bias=False),
     conv("conv-channels-64", (1, 64, 2, 1), 3),
+    # Too many channels for them: torch's own convolutions (csrc/cpu/conv2d_stock.cpp).
+    conv("conv-channels-66", (3, 66, 2, 2), 3),
+    conv("conv-channels-134-circular", (2, 134, 2, 1), 3, 5, groups=2, circular=True, dilation=2),
 ]

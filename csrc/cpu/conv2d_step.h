@@ -1,0 +1,35 @@
+// The two ways of doing a convolution step on the CPU, on float or double contiguous tensors.
+// Both leave out the inverse terms and the gradient of the bias.
+#pragma once
+
+#include <array>
+#include <tuple>
+
+#include "../check.h"
+
+namespace snf {
+
+struct Geometry {
+  int64_t dilation, groups;
+  bool circular;
+};
+
+using ForwardStep = std::tuple<at::Tensor, at::Tensor, at::Tensor>;   // z, recon, residual
+using BackwardStep = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dW, dR
+
+#define SNF_DECLARE_STEPS(name)                                                           \
+  namespace name {                                                                        \
+  ForwardStep forward(                                                                    \
+      const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_inv,        \
+      const OptionalTensor& bias, const Geometry& geometry);                              \
+  BackwardStep backward(                                                                  \
+      const at::Tensor& grad_z, const OptionalTensor& grad_recon, const at::Tensor& x,    \
+      const at::Tensor& z, const at::Tensor& residual, const at::Tensor& weight,          \
+      const at::Tensor& weight_inv, const OptionalTensor& bias, const Geometry& geometry, \
+      std::array<bool, 4> mask);                                                          \
+  }
+
+SNF_DECLARE_STEPS(fused)  // own kernels, everything of an image while it is in the cache
+SNF_DECLARE_STEPS(stock)  // torch's convolutions on merged deltas, for very many channels
+
+}  // namespace snf
