@@ -94,9 +94,8 @@ struct Inside {
   bool holds(int64_t row) const { return row >= begin && row < end; }
 };
 
-// out = scale * start + kernel * in, on the pixels of padded planes. Taps are taken in portions
-// whose weights stay in the first-level cache while they go over the image, and rows of taps that
-// fall outside the image are left out, which is much of the work when the image is small.
+// out = scale * start + kernel * in, on the pixels of padded planes. Rows of taps that fall outside
+// the image are left out, which is much of the work when the image is small.
 template <typename T, int kVectors>
 void convolve(
     const Conv2dShape& shape, const Plane& plane, const T* weight, const PackedKernel<T>& kernel,
@@ -104,27 +103,17 @@ void convolve(
   constexpr int64_t padded = kVectors * Lanes<T>::count;
   const Parts spans(shape.width, kMaxPixels<kVectors>);
   const KernelSize size = kernel.size;
-  const int64_t tap_size = shape.per_group() * padded;
-  const int64_t fit = (16 << 10) / (tap_size * static_cast<int64_t>(sizeof(T)));
-  const Parts portions(size.taps(), fit < 1 ? 1 : fit);
-  int64_t done = 0;
-  for (int64_t portion = 0; portion < portions.count; done += portions[portion], ++portion) {
-    for (int64_t row = 0; row < shape.height; ++row) {
-      int64_t first = done, last = done + portions[portion];
-      const auto outside = [&](int64_t tap) {
-        return !Inside(shape, tap_row(shape, size, tap)).holds(row);
-      };
-      while (first < last && outside(first)) ++first;
-      while (first < last && outside(last - 1)) --last;
-      if (portion > 0 && first == last) continue;
-      int64_t column = 0;
-      for (int64_t span = 0; span < spans.count; column += spans[span], ++span) {
-        const int64_t at = (plane.lead + row * plane.pitch + column) * padded;
-        const T* from = portion > 0 ? out + at : start == nullptr ? nullptr : start + at;
-        convolve_block_of<T, kVectors>(spans[span])(
-            in + at, shape.per_group(), weight + first * tap_size, kernel.offsets + first,
-            last - first, from, portion > 0 ? T(1) : scale, out + at);
-      }
+  for (int64_t row = 0; row < shape.height; ++row) {
+    int64_t first = 0, last = size.taps();
+    while (!Inside(shape, tap_row(shape, size, first)).holds(row)) first += size.columns;
+    while (!Inside(shape, tap_row(shape, size, last - 1)).holds(row)) last -= size.columns;
+    int64_t column = 0;
+    for (int64_t span = 0; span < spans.count; column += spans[span], ++span) {
+      const int64_t at = (plane.lead + row * plane.pitch + column) * padded;
+      convolve_block_of<T, kVectors>(spans[span])(
+          in + at, shape.per_group(), weight + first * shape.per_group() * padded,
+          kernel.offsets + first, last - first, start == nullptr ? nullptr : start + at, scale,
+          out + at);
     }
   }
 }
