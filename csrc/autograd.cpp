@@ -18,8 +18,9 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Step = std::tuple<Tensor, Tensor, Tensor>;               // z, log_det, recon
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of x, weight, weight_inv, bias
+using Step = std::tuple<Tensor, Tensor, Tensor>;                 // z, log_det, recon
+using ForwardStep = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // and the residual
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;    // of x, weight, weight_inv, bias
 
 // The two layers differ in the operators they call and in the arguments after the tensors.
 struct Linear {
@@ -33,13 +34,13 @@ struct Conv2d {
 };
 
 template <typename Layer, typename... Geometry>
-Step forward_op(
+ForwardStep forward_op(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
     Geometry... geometry) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow(Layer::forward_name, "")
-          .template typed<Step(
+          .template typed<ForwardStep(
               const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, Geometry...)>();
   return op.call(x, weight, weight_inv, bias, geometry...);
 }
@@ -98,12 +99,12 @@ struct Forward : torch::autograd::Function<Forward<Layer, Geometry...>> {
       AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& weight_inv,
       const OptionalTensor& bias, Geometry... geometry) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [z, recon, residual] =
+    auto [z, log_det, recon, residual] =
         forward_op<Layer, Geometry...>(x, weight, weight_inv, bias, geometry...);
     ctx->save_for_backward({x, z, residual, weight, weight_inv, bias.value_or(Tensor())});
     ctx->saved_data["geometry"] = c10::IValue(std::make_tuple(geometry...));
     ctx->set_materialize_grads(false);
-    return {z, at::zeros_like(recon), recon};
+    return {z, log_det, recon};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -145,9 +146,9 @@ template <typename Layer, typename... Geometry>
 Step plain(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
     Geometry... geometry) {
-  auto [z, recon, residual] =
+  auto [z, log_det, recon, residual] =
       forward_op<Layer, Geometry...>(x, weight, weight_inv, bias, geometry...);
-  return {z, at::zeros_like(recon), recon};
+  return {z, log_det, recon};
 }
 
 // Autocast widens to float32: the residual, weighted by lambda, is worth whole nats when rounded

@@ -2,24 +2,18 @@
 // Shared by every device; knows no torch.
 #pragma once
 
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define SNF_HOST_DEVICE __host__ __device__
-#else
-#define SNF_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace snf {
 
 // Along one axis of `extent` pixels. A tap at `own` pixels from the centre stands in the matrix
 // extent - |own| times (extent times if circular), and meets the tap of the other kernel at
 // `other` from its centre only where the two offsets cancel (modulo extent if circular).
-SNF_HOST_DEVICE inline int64_t multiplicity(
-    int64_t own, int64_t other, int64_t extent, bool circular) {
+template <typename Int>
+SNF_HOST_DEVICE inline Int multiplicity(Int own, Int other, Int extent, bool circular) {
   if (circular) return (own + other) % extent == 0 ? extent : 0;
   if (own + other != 0) return 0;
-  const int64_t distance = own < 0 ? -own : own;
+  const Int distance = own < 0 ? -own : own;
   return distance < extent ? extent - distance : 0;
 }
 

@@ -8,7 +8,7 @@ TORCH_LIBRARY(snf_ext, m) {
       " -> (Tensor z, Tensor log_det, Tensor recon)");
   m.def(
       "snf_linear_forward(Tensor x, Tensor weight, Tensor weight_inv, Tensor? bias)"
-      " -> (Tensor z, Tensor recon, Tensor residual)");
+      " -> (Tensor z, Tensor log_det, Tensor recon, Tensor residual)");
   m.def(
       "snf_linear_backward(Tensor grad_z, Tensor? grad_log_det, Tensor? grad_recon, Tensor x,"
       " Tensor z, Tensor residual, Tensor weight, Tensor weight_inv, Tensor? bias,"
@@ -19,7 +19,7 @@ TORCH_LIBRARY(snf_ext, m) {
       " int groups=1, bool circular=False) -> (Tensor z, Tensor log_det, Tensor recon)");
   m.def(
       "snf_conv2d_forward(Tensor x, Tensor weight, Tensor weight_inv, Tensor? bias, int dilation,"
-      " int groups, bool circular) -> (Tensor z, Tensor recon, Tensor residual)");
+      " int groups, bool circular) -> (Tensor z, Tensor log_det, Tensor recon, Tensor residual)");
   m.def(
       "snf_conv2d_backward(Tensor grad_z, Tensor? grad_log_det, Tensor? grad_recon, Tensor x,"
       " Tensor z, Tensor residual, Tensor weight, Tensor weight_inv, Tensor? bias, int dilation,"

@@ -273,7 +273,7 @@ def test_opcheck_of_the_inner_operators(case, mask, device):
     backward = getattr(ops, f"{case.op}_backward").default
     arguments = (x, weight, weight_inv, bias, *rest)
     torch.library.opcheck(forward, arguments)
-    z, _, residual = forward(*arguments)
+    z, _, _, residual = forward(*arguments)
     torch.library.opcheck(backward, (*grads, x, z, residual, weight, weight_inv, bias, *rest, mask))
 
 

@@ -9,23 +9,14 @@
 
 #include "../check.h"
 #include "../multiplicity.h"
+#include "../precision.h"
 #include "conv2d_step.h"
-#include "precision.h"
+#include "total.h"
 
 namespace snf {
 namespace {
 
 using at::Tensor;
-
-// The taps of a kernel that can reach a pixel: zero padding alone would meet the others.
-Tensor reaching(const Tensor& kernel, const Tensor& x, int64_t dilation, bool circular) {
-  if (circular) return kernel;
-  const auto cut = [&](const Tensor& k, int64_t axis) {
-    const int64_t reach = std::min(k.size(axis) / 2, (x.size(axis) - 1) / dilation);
-    return k.narrow(axis, k.size(axis) / 2 - reach, 2 * reach + 1);
-  };
-  return cut(cut(kernel, 2), 3);
-}
 
 // From how many channels a group on torch's own convolutions are faster (float32, AVX-512,
 // measured).
@@ -35,16 +26,16 @@ bool prefers_stock(const Tensor& weight, const Tensor& weight_inv) {
   return weight.size(1) > (one_tap ? 128 : 64);
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
     int64_t dilation, int64_t groups, bool circular) {
   check_conv2d(x, weight, weight_inv, bias, dilation, groups);
   const WithoutAutocast full_precision;
-  const Tensor w = wide(reaching(weight, x, dilation, circular));
-  const Tensor r = wide(reaching(weight_inv, x, dilation, circular));
+  const Geometry geometry = {dilation, groups, circular};
+  const Tensor w = wide(reaching(weight, x, geometry)), r = wide(reaching(weight_inv, x, geometry));
   const auto step = prefers_stock(w, r) ? stock::forward : fused::forward;
-  const auto [z, recon, residual] = step(wide(x), w, r, wide(bias), {dilation, groups, circular});
-  return {z.to(x.scalar_type()), recon, residual};
+  const auto [z, recon, residual] = step(wide(x), w, r, wide(bias), geometry);
+  return {z.to(x.scalar_type()), at::zeros_like(recon), recon, residual};
 }
 
 // grad += scale * flip(other) * m(own), cropped or padded to the shape of `own` (SNF 21-30).
@@ -94,8 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const WithoutAutocast full_precision;
   const Geometry geometry = {dilation, groups, circular};
   const Tensor dz = wide(grad_z);
-  const Tensor w = wide(reaching(weight, x, dilation, circular));
-  const Tensor r = wide(reaching(weight_inv, x, dilation, circular));
+  const Tensor w = wide(reaching(weight, x, geometry)), r = wide(reaching(weight_inv, x, geometry));
   Tensor dx, dw, dr, dc;
   if (mask[0] || mask[1] || mask[2]) {
     const auto step = prefers_stock(w, r) ? stock::backward : fused::backward;
@@ -108,18 +98,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   if (mask[2]) add_inverse_term(dr, w, -half_total, x, geometry);
   if (mask[3]) dc = dz.sum({0, 2, 3});
 
-  // What was not asked for has no elements; a kernel that was cut to its reaching taps is filled
-  // up.
-  const auto output = [&](bool wanted, const Tensor& grad, at::IntArrayRef sizes) {
-    if (!wanted) return at::empty({0}, x.options());
-    if (grad.sizes() == sizes) return grad.to(x.scalar_type());
-    const Tensor full = at::zeros(sizes, x.options());
-    reaching(full, x, dilation, circular).copy_(grad);
-    return full;
+  // What was not asked for has no elements.
+  const auto output = [&](bool wanted, const Tensor& grad) {
+    return wanted ? grad.to(x.scalar_type()) : at::empty({0}, x.options());
+  };
+  const auto kernel = [&](bool wanted, const Tensor& grad, const Tensor& like) {
+    return output(wanted, wanted ? filled_up(grad, like, x, geometry) : grad);
   };
   return {
-      output(mask[0], dx, x.sizes()), output(mask[1], dw, weight.sizes()),
-      output(mask[2], dr, weight_inv.sizes()), output(mask[3], dc, weight.sizes().slice(0, 1))};
+      output(mask[0], dx), kernel(mask[1], dw, weight), kernel(mask[2], dr, weight_inv),
+      output(mask[3], dc)};
 }
 
 }  // namespace

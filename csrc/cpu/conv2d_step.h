@@ -5,14 +5,9 @@
 #include <array>
 #include <tuple>
 
-#include "../check.h"
+#include "../convolution.h"
 
 namespace snf {
-
-struct Geometry {
-  int64_t dilation, groups;
-  bool circular;
-};
 
 using ForwardStep = std::tuple<at::Tensor, at::Tensor, at::Tensor>;   // z, recon, residual
 using BackwardStep = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dW, dR

@@ -9,35 +9,6 @@ namespace {
 
 using at::Tensor;
 
-// The image with a wrapped or zero margin as wide as the kernel reaches. By index rather than
-// at::pad, which refuses a circular margin wider than the image.
-Tensor padded(const Tensor& x, const Tensor& kernel, const Geometry& g) {
-  const int64_t rows = kernel.size(2) / 2 * g.dilation, columns = kernel.size(3) / 2 * g.dilation;
-  if (!g.circular) return at::constant_pad_nd(x, {columns, columns, rows, rows});
-  const auto wrapped = [&](int64_t margin, int64_t extent) {
-    return at::arange(-margin, extent + margin, at::kLong).remainder(extent);
-  };
-  return x.index_select(2, wrapped(rows, x.size(2))).index_select(3, wrapped(columns, x.size(3)));
-}
-
-Tensor convolve(const Tensor& x, const Tensor& kernel, const Geometry& g) {
-  return at::conv2d(padded(x, kernel, g), kernel, {}, 1, at::IntArrayRef{0}, g.dilation, g.groups);
-}
-
-// The kernel of the transposed convolution: channels swap within their group (SNF 26).
-Tensor flip(const Tensor& kernel, const Geometry& g) {
-  const Tensor grouped = kernel.unflatten(0, {g.groups, kernel.size(0) / g.groups});
-  return grouped.transpose(1, 2).flip({3, 4}).reshape(kernel.sizes());
-}
-
-Tensor weight_gradient(
-    const Tensor& delta, const Tensor& x, const Tensor& kernel, const Geometry& g) {
-  const auto gradients = at::convolution_backward(
-      delta, padded(x, kernel, g), kernel, at::OptionalIntArrayRef{}, {1, 1}, {0, 0},
-      {g.dilation, g.dilation}, false, {0, 0}, g.groups, {false, true, false});
-  return std::get<1>(gradients);
-}
-
 Tensor per_image(const Tensor& numbers) { return numbers.view({-1, 1, 1, 1}); }
 
 Tensor per_channel(const Tensor& numbers) { return numbers.view({1, -1, 1, 1}); }
@@ -59,10 +30,10 @@ BackwardStep stock::backward(
     const OptionalTensor& bias, const Geometry& geometry, std::array<bool, 4> mask) {
   Tensor dx, dw, dr, pull;
   if (grad_recon) pull = residual * per_image(grad_recon->mul(2));
-  if (mask[0] || mask[2]) dx = convolve(grad_z, flip(weight, geometry), geometry);
+  if (mask[0] || mask[2]) dx = convolve(grad_z, flipped(weight, geometry), geometry);
   if (mask[1]) {
     Tensor delta = grad_z * 0.5;
-    if (grad_recon) delta.add_(convolve(pull, flip(weight_inv, geometry), geometry));
+    if (grad_recon) delta.add_(convolve(pull, flipped(weight_inv, geometry), geometry));
     dw = weight_gradient(delta, x, weight, geometry);
   }
   if (mask[2]) {

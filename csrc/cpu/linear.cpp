@@ -8,8 +8,9 @@
 #include <tuple>
 
 #include "../check.h"
+#include "../precision.h"
 #include "pooled_memory.h"
-#include "precision.h"
+#include "total.h"
 
 namespace snf {
 namespace {
@@ -132,7 +133,7 @@ void fill_deltas(
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias) {
   check_linear(x, weight, weight_inv, bias);
   const WithoutAutocast full_precision;
@@ -145,8 +146,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   AT_DISPATCH_FLOATING_TYPES(flat.scalar_type(), "snf_linear_forward", [&] {
     row_sums_of_squares<scalar_t>(residual, recon);
   });
+  const auto batch = x.sizes().slice(0, x.dim() - 1);
   return {
-      z.to(x.scalar_type()).view(x.sizes()), recon.view(x.sizes().slice(0, x.dim() - 1)),
+      z.to(x.scalar_type()).view(x.sizes()), at::zeros(batch, recon.options()), recon.view(batch),
       residual.view(x.sizes())};
 }
 

@@ -41,11 +41,13 @@ def snf_conv2d(
     return reference.snf_conv2d(x, weight, weight_inv, bias, dilation, groups, circular)
 
 
-def _fake_forward(x: Tensor, recon_shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, batch: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """z, log_det, recon, residual."""
     wide = wide_dtype(x.dtype)
     return (
         x.new_empty(x.shape),
-        x.new_empty(recon_shape, dtype=wide),
+        x.new_empty(batch, dtype=wide),
+        x.new_empty(batch, dtype=wide),
         x.new_empty(x.shape, dtype=wide),
     )
 

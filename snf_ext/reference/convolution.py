@@ -47,22 +47,27 @@ def inverse_term(
 ) -> Tensor:
     """``flip(other) * m(own)``, cropped or zero-padded to the shape of ``own`` (SNF 21-30)."""
     out, per_group = own.shape[:2]
-    rows = _matches(own.shape[2], other.shape[2], size[0], dilation, circular).to(own)
-    columns = _matches(own.shape[3], other.shape[3], size[1], dilation, circular).to(own)
+    rows, columns = (
+        _matches(own.shape[axis], other.shape[axis], extent, dilation, circular, own.device)
+        for axis, extent in zip((2, 3), size, strict=True)
+    )
     grouped = other.view(groups, out // groups, per_group, *other.shape[2:])
-    term = torch.einsum("ac,goicd,bd->gioab", rows, grouped, columns)
+    term = torch.einsum("ac,goicd,bd->gioab", rows.to(own.dtype), grouped, columns.to(own.dtype))
     return term.reshape(own.shape)
 
 
-def _matches(own: int, other: int, extent: int, dilation: int, circular: bool) -> Tensor:
+def _matches(
+    own: int, other: int, extent: int, dilation: int, circular: bool, device: torch.device
+) -> Tensor:
     """How often tap a of one kernel meets tap c of the other in transposed place, ``(own, other)``.
 
     Along one axis, at offset ``s`` from the centre, a tap stands ``extent - |s|`` times in the
     layer's matrix (``extent`` times if circular), and only the tap at ``-s`` meets it. On an image
     smaller than the kernel, circular taps whose offsets differ by ``extent`` stand in one place.
     """
-    offset = (torch.arange(own)[:, None] - own // 2) * dilation
-    total = offset + (torch.arange(other) - other // 2) * dilation
+    # Made on the device: a copy from the CPU would wait for it.
+    offset = (torch.arange(own, device=device)[:, None] - own // 2) * dilation
+    total = offset + (torch.arange(other, device=device) - other // 2) * dilation
     if circular:
         return extent * (total % extent == 0)
     return (extent - offset.abs()).clamp(min=0) * (total == 0)

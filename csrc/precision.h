@@ -1,9 +1,9 @@
-// Half precisions are computed in float32 on the CPU.
+// Half precisions are computed in float32.
 #pragma once
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include "../check.h"
+#include "check.h"
 
 namespace snf {
 
@@ -27,11 +27,6 @@ inline OptionalTensor wide(const OptionalTensor& t) {
 // A tensor of one number a sample, in a layer's wide type; empty stays empty.
 inline OptionalTensor per_sample(const OptionalTensor& t, at::ScalarType type) {
   return t ? OptionalTensor(t->to(type).contiguous().flatten()) : std::nullopt;
-}
-
-// Sum over the batch of the gradients of log_det.
-inline double total(const OptionalTensor& grad_log_det) {
-  return grad_log_det ? grad_log_det->sum(at::kDouble).item<double>() : 0.0;
 }
 
 }  // namespace snf
