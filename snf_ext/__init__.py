@@ -8,6 +8,7 @@ from . import models, ops, reference
 from .backend import backend, build_info, use_backend
 from .bijection import Bijection, FlowStep
 from .flow import Flow
+from .graphed import GraphedStep
 from .layers import (
     Dequantize,
     ExactConv2d,
@@ -31,6 +32,7 @@ __all__ = [
     "Flatten",
     "Flow",
     "FlowStep",
+    "GraphedStep",
     "Logit",
     "Normalize",
     "SelfNormConv2d",
