@@ -1,15 +1,26 @@
 """The table of cases: shapes, and how many times faster than what the native step has to be.
 
-A target is time(variant) / time(native) that must at least be reached. The targets are the
-acceptance thresholds of the project's foundation; a row without one is there for comparison.
+A target is time(variant) / time(native) that must at least be reached; ``graph_us`` are the
+microseconds that a variant may take as a CUDA graph, judged nowhere else. The targets are the
+acceptance thresholds of the project; a row without one is there for comparison.
+
+``flops``, ``bytes`` and ``launches`` are what the step cannot do without. ``bytes`` counts every
+input and every output of the two operators once: forward reads x, W, R, c and writes z, log_det,
+recon; backward reads the gradients of these three, x, z, W, R, c and writes those of x, W, R, c.
+``adam_bytes`` is one pass of Adam: parameter, gradient and both moments read, all but the gradient
+written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-__all__ = ["CONV", "LINEAR", "MODELS", "ConvCase", "LinearCase", "ModelCase"]
+__all__ = ["CONV", "LINEAR", "MODELS", "ConvCase", "LinearCase", "ModelCase", "table"]
+
+FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -20,6 +31,9 @@ class LinearCase:
     batch: int = 128
     targets: Mapping[str, float] = field(default_factory=dict)
     quick: bool = False
+    graph_us: Mapping[str, float] = field(default_factory=dict)
+
+    launches: ClassVar[int] = 9  # forward 2 products, residual; backward deltas, 4 products, dc
 
     @property
     def name(self) -> str:
@@ -29,6 +43,15 @@ class LinearCase:
     def flops(self) -> float:
         """Operations of the six products."""
         return 6 * 2 * self.batch * self.features**2
+
+    @property
+    def bytes(self) -> int:
+        activations = 6 * self.batch * self.features
+        return FLOAT * (activations + 6 * self.features**2 + 3 * self.features + 4 * self.batch)
+
+    @property
+    def adam_bytes(self) -> int:
+        return 7 * FLOAT * (2 * self.features**2 + self.features)
 
 
 @dataclass(frozen=True)
@@ -42,6 +65,9 @@ class ConvCase:
     batch: int = 128
     targets: Mapping[str, float] = field(default_factory=dict)
     quick: bool = False
+    graph_us: Mapping[str, float] = field(default_factory=dict)
+
+    launches: ClassVar[int] = 3  # forward; backward, the fixed-order sum of its partial gradients
 
     @property
     def name(self) -> str:
@@ -57,6 +83,12 @@ class ConvCase:
         """Operations of the six convolutions, those on zero padding included."""
         return 6 * 2 * self.batch * self.features * self.channels * self.kernel**2
 
+    @property
+    def bytes(self) -> int:
+        activations = 6 * self.batch * self.features
+        kernels = 6 * self.channels**2 * self.kernel**2
+        return FLOAT * (activations + kernels + 3 * self.channels + 4 * self.batch)
+
 
 @dataclass(frozen=True)
 class ModelCase:
@@ -68,12 +100,29 @@ class ModelCase:
     batch: int = 100
     targets: Mapping[str, float] = field(default_factory=dict)
     quick: bool = True
+    graph_us: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> LinearCase:
+        """One of its layers, which are all that is counted."""
+        return LinearCase(math.prod(self.event_shape), self.batch)
 
     @property
     def flops(self) -> float:
         """Operations of the six products of every layer."""
-        features = self.event_shape[0] * self.event_shape[1] * self.event_shape[2]
-        return self.layers * 6 * 2 * self.batch * features**2
+        return self.layers * self.layer.flops
+
+    @property
+    def bytes(self) -> int:
+        return self.layers * self.layer.bytes
+
+    @property
+    def adam_bytes(self) -> int:
+        return self.layers * self.layer.adam_bytes
+
+    @property
+    def launches(self) -> int:
+        return self.layers * self.layer.launches
 
 
 PRODUCTS = {"products (out=)": 0.85, "products (fresh)": 0.85}
@@ -105,3 +154,50 @@ MODELS = (
     # At most 0.4 of the public code's time, whose base density is the D x D normal.
     ModelCase("fc 2 layers 1x28x28", (1, 28, 28), 2, targets={"composed, DxD base": 2.5}),
 )
+
+# What torch.compile makes of the merged equations, replayed as one graph and with its own graphs.
+COMPILED = {"compiled reference, graph": 1.0, "compiled reference, reduce-overhead": 1.0}
+
+
+def _image(channels: int, height: int, width: int, microseconds: float) -> ConvCase:
+    targets = {"composed": 10.0, **COMPILED}
+    return ConvCase(
+        channels, height, width, 3, 100, targets, quick=True, graph_us={"native": microseconds}
+    )
+
+
+def _adam(microseconds: float) -> dict[str, float]:
+    """The same limit with float32 throughout and where the user allows TF32."""
+    return {"native, fused Adam": microseconds, "native TF32, fused Adam": microseconds}
+
+
+LINEAR_CUDA = (
+    LinearCase(784, targets={"composed": 5.0, **COMPILED}, graph_us=_adam(45.0), quick=True),
+    LinearCase(3104, targets=COMPILED, graph_us=_adam(250.0)),
+    LinearCase(128, targets=COMPILED, quick=True),
+)
+
+CONV_CUDA = (
+    _image(1, 28, 28, 10.0),
+    _image(4, 14, 14, 10.0),
+    _image(16, 7, 7, 10.0),
+    _image(12, 16, 16, 16.0),
+    _image(24, 8, 8, 16.0),
+    _image(48, 4, 4, 16.0),
+    ConvCase(12, 16, 16, 1, 100, targets=COMPILED),
+    ConvCase(4, 14, 14, 5, 100, targets=COMPILED),
+    ConvCase(64, 8, 8, 3, 100, targets=COMPILED),
+)
+
+MODELS_CUDA = (ModelCase("fc 2 layers 1x28x28", (1, 28, 28), 2),)
+
+
+def table(suite: str, device_type: str = "cpu") -> Sequence[LinearCase | ConvCase | ModelCase]:
+    """The cases of "linear", "conv" or "models" that belong to a kind of device."""
+    cuda = device_type == "cuda"
+    tables: Mapping[str, Sequence[LinearCase | ConvCase | ModelCase]] = {
+        "linear": LINEAR_CUDA if cuda else LINEAR,
+        "conv": CONV_CUDA if cuda else CONV,
+        "models": MODELS_CUDA if cuda else MODELS,
+    }
+    return tables[suite]

@@ -4,7 +4,10 @@
 
 Prints the machine's noise, then one table a case: time, ratio to native (above 1: native is
 faster) and the ratio that has to be reached. Variants that claim the same gradients are compared
-before they are timed.
+before they are timed. With ``--device cuda`` each time stands beside its floor, and ``--graph``
+also times every step that can be captured as a CUDA graph. The JSON file is written after each
+case, so that a run that is cut short leaves what it had. The exit status is 1 where a case failed;
+a missed target is no failure.
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ import torch
 
 import snf_ext
 
-from . import cases, report, steps
-from .timing import Variant, interleave, machine_noise
+from . import cases, floors, graphs, report, steps
+from .timing import Noise, Variant, interleave, machine_noise
 
-SUITES: dict[str, tuple[Sequence[Any], Callable[..., list[Variant]]]] = {
-    "linear": (cases.LINEAR, steps.linear_variants),
-    "conv": (cases.CONV, steps.conv_variants),
-    "models": (cases.MODELS, steps.model_variants),
+SUITES: dict[str, Callable[..., list[Variant]]] = {
+    "linear": steps.linear_variants,
+    "conv": steps.conv_variants,
+    "models": steps.model_variants,
 }
 
 # A product's median over the fastest one seen; a machine left alone stays well below.
@@ -43,56 +46,143 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     noise = machine_noise(args.device)
     print(f"{noise}; {torch.get_num_threads()} threads; load {os.getloadavg()[0]:.2f}")
-    if not steps.native_is_built():
+    rates = None
+    if torch.device(args.device).type == "cuda":
+        rates = floors.measure(args.device, noise.rate)
+        print(f"{rates}\n{floors.FORMULA}")
+    if not steps.native_is_built(args.device):
         where = "the source tree" if _is_source_tree() else "the installed package"
         print(f"native is not built in {where}, which is what runs: ratios are to the reference")
     print(flush=True)
 
-    table, build = SUITES[args.suite]
+    table = cases.table(args.suite, torch.device(args.device).type)
     chosen = [c for c in table if args.case in c.name and (c.quick or not args.quick)]
     if not chosen:
         print(f"no case of {args.suite} has {args.case!r} in its name", file=sys.stderr)
         return 2
 
-    records: list[dict[str, Any]] = []
+    result = _Result(args, noise, rates)
     for case in chosen:
-        variants = build(case, compiled=args.compile, device=args.device)
-        check_gradients(variants)
-        timings = interleave(
-            variants, rounds=args.rounds, min_sample=args.min_sample, device=args.device
-        )
-        found = report.rows(
-            case.name, timings, flops=case.flops, targets=case.targets, rate=noise.rate
-        )
-        report.print_table(found)
-        records += found
+        try:
+            _measure(case, result)
+        except RuntimeError as error:
+            result.problem(f"{case.name}: {error}")
+        result.save()
 
     after = machine_noise(args.device)
     print(f"afterwards, {after}")
     drift = max(noise.median, after.median) / min(noise.fastest, after.fastest)
     if drift > QUIET:
         print(f"the machine was busy ({drift:.2f} times its fastest): do not quote these numbers")
-    missed = [r for r in records if r["met"] is False]
-    judged = sum(r["met"] is not None for r in records)
+    missed = [r for r in result.rows if r["met"] is False]
+    judged = sum(r["met"] is not None for r in result.rows)
     print(f"targets met: {judged - len(missed)} of {judged}")
     for r in missed:
-        print(f"  {r['case']}: {r['variant']} / native {r['ratio']:.2f}, wanted {r['target']}")
+        print(f"  {r['case']}: {_missed(r)}")
+    result.save(after)
+    if args.plot and result.rows:
+        result.draw(args.plot)
+    return 1 if result.problems else 0
 
-    if args.out or args.plot:
-        result = {
-            "suite": args.suite,
-            "environment": report.environment(_command(args), args.device),
-            "noise_before": report.noise_record(noise),
-            "noise_after": report.noise_record(after),
-            "rows": records,
+
+def _measure(case: Any, result: _Result) -> None:
+    """Checks and times the variants of one case, and adds what it finds to the result.
+
+    Raises:
+        RuntimeError: a step fails, or two do not leave the same gradients.
+    """
+    args, rates = result.args, result.rates
+    variants = SUITES[args.suite](case, compiled=args.compile, device=args.device)
+    variants = without_broken_compiled(variants, lambda text: result.note(f"{case.name}: {text}"))
+    if args.graph:
+        captured, reasons = graphs.graphed(variants)
+        for v in variants:
+            if v.name in reasons:
+                text = f"{case.name}: {v.name} is not timed as a CUDA graph: {reasons[v.name]}"
+                failed = v.name.startswith("native") and not v.no_graph
+                (result.problem if failed else result.note)(text)
+        variants += captured
+    check_gradients(variants)
+    timings = interleave(
+        variants, rounds=args.rounds, min_sample=args.min_sample, device=args.device
+    )
+    bounds = None
+    if rates is not None:
+        bounds = {v.name: floors.floor(case, rates, adam=v.adam, tf32=v.tf32) for v in variants}
+    found = report.rows(
+        case.name,
+        timings,
+        flops=case.flops,
+        targets=case.targets,
+        rate=result.noise.rate,
+        graph_us=case.graph_us,
+        floors=bounds,
+    )
+    report.print_table(found)
+    result.rows += found
+
+
+class _Result:
+    """What the run has found so far, and the file that holds it."""
+
+    def __init__(self, args: argparse.Namespace, noise: Noise, rates: floors.Rates | None) -> None:
+        self.args, self.noise, self.rates = args, noise, rates
+        self.rows: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        print(text)
+
+    def problem(self, text: str) -> None:
+        self.problems.append(text)
+        print(f"FAILED {text}\n", flush=True)
+
+    def record(self, after: Noise | None) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "suite": self.args.suite,
+            "environment": report.environment(_command(self.args), self.args.device),
+            "noise_before": report.noise_record(self.noise),
+            "noise_after": None if after is None else report.noise_record(after),
         }
-        if args.out:
-            report.write_json(args.out, result)
-        if args.plot:
-            from . import plot
+        if self.rates is not None:
+            record |= {"step": steps.GPU_STEP, "floor": floors.FORMULA}
+            record |= {"rates": self.rates.record()}
+        record |= {k: v for k in ("notes", "problems") if (v := getattr(self, k))}
+        return record | {"rows": self.rows}
 
-            plot.draw(result, args.plot)
-    return 0
+    def save(self, after: Noise | None = None) -> None:
+        """Writes --out; without the noise afterwards, the run is not at its end."""
+        if self.args.out:
+            report.write_json(self.args.out, self.record(after))
+        self.after = after
+
+    def draw(self, path: Path) -> None:
+        try:
+            from . import plot
+        except ImportError as error:
+            print(f"no picture: {error}")
+            return
+        plot.draw(self.record(self.after), path)
+
+
+def without_broken_compiled(
+    variants: Sequence[Variant], note: Callable[[str], None]
+) -> list[Variant]:
+    """Runs what torch.compile made, and leaves out what it cannot make on this machine."""
+    working = []
+    for v in variants:
+        if v.name.startswith("compiled"):
+            try:
+                with v.context():
+                    for _ in range(3):  # torch's own graphs record the second and replay the third
+                        v.step()
+            except Exception as error:  # whatever a compiler raises that is missing or fails
+                note(f"{v.name} is left out: {graphs.first_line(error)}")
+                continue
+        working.append(v)
+    return working
 
 
 def check_gradients(variants: Sequence[Variant], tolerance: float = 1e-3) -> None:
@@ -103,9 +193,12 @@ def check_gradients(variants: Sequence[Variant], tolerance: float = 1e-3) -> Non
     comparable = [v for v in variants if v.leaves]
     expected: list[torch.Tensor] = []
     for v in comparable:
+        with torch.no_grad():
+            for grad in v.static_grads:  # a replay that writes nothing must not pass
+                grad.fill_(torch.nan)
         with v.context():
             v.step()
-        actual = [leaf.grad.flatten() for leaf in v.leaves if leaf.grad is not None]
+        actual = [grad.flatten() for grad in v.gradients()]
         if len(actual) != len(v.leaves):
             raise RuntimeError(f"{v.name} leaves out a gradient")
         expected = expected or [grad.clone() for grad in actual]
@@ -130,7 +223,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="samples a variant (default 21; quick 7)")
     parser.add_argument("--min-sample", type=float, default=0.02, help="seconds (default 0.02)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--graph", action="store_true", help="cuda: also time CUDA graphs")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     args = parser.parse_args(arguments)
@@ -138,7 +232,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         args.rounds = 7 if args.quick else 21
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1; got {args.rounds}")
+    is_cuda = torch.device(args.device).type == "cuda"
+    if args.graph and not is_cuda:
+        parser.error(f"--graph needs --device cuda; got {args.device}")
+    if is_cuda and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch {torch.__version__} finds no GPU")
     return args
+
+
+def _missed(row: dict[str, Any]) -> str:
+    if row.get("limit_s") is not None:
+        limit = row["limit_s"]
+        return f"{row['variant']} {row['median_s'] * 1e6:.1f} us, wanted {limit * 1e6:g}"
+    return f"{row['variant']} / native {row['ratio']:.2f}, wanted {row['target']}"
 
 
 def _is_source_tree() -> bool:
@@ -148,7 +254,7 @@ def _is_source_tree() -> bool:
 def _command(args: argparse.Namespace) -> str:
     """The command line without the folders of this machine."""
     words = ["python -m bench.compare", args.suite]
-    words += [f"--{flag}" for flag in ("quick", "compile") if getattr(args, flag)]
+    words += [f"--{flag}" for flag in ("quick", "compile", "graph") if getattr(args, flag)]
     words += [f"--case '{args.case}'"] if args.case else []
     words += [f"--rounds {args.rounds}", f"--min-sample {args.min_sample}"]
     words += [f"--threads {args.threads}"] if args.threads else []

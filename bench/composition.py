@@ -153,18 +153,20 @@ class SmoothLeakyReLU(nn.Module):
         return y, slope.abs().log().flatten(1).sum(-1)
 
 
-def base_distribution(features: int, name: str) -> torch.distributions.Distribution:
+def base_distribution(
+    features: int, name: str, device: torch.device | str = "cpu"
+) -> torch.distributions.Distribution:
     """Standard normal over D features.
 
     "multivariate" holds a D x D covariance, as the public code does: each log_prob is a triangular
     solve, O(B D^2). "normal" is the same density at O(B D).
     """
+    zeros = torch.zeros(features, device=device)
     if name == "multivariate":
-        return MultivariateNormal(torch.zeros(features), torch.eye(features), validate_args=False)
+        eye = torch.eye(features, device=device)
+        return MultivariateNormal(zeros, eye, validate_args=False)
     if name == "normal":
-        scalar = torch.distributions.Normal(
-            torch.zeros(features), torch.ones(features), validate_args=False
-        )
+        scalar = torch.distributions.Normal(zeros, torch.ones_like(zeros), validate_args=False)
         return torch.distributions.Independent(scalar, 1, validate_args=False)
     raise ValueError(f"base must be 'multivariate' or 'normal'; got {name!r}")
 
@@ -174,6 +176,8 @@ class ComposedFC(nn.Module):
 
     Uniform dequantization, x / 256, the squeeze by 1e-6, logit, then linear layers with a smooth
     leaky ReLU between them. Every preprocessing step computes its own log-determinant.
+
+    The device is chosen here, once: a distribution does not follow ``to``.
     """
 
     def __init__(
@@ -182,16 +186,18 @@ class ComposedFC(nn.Module):
         layers: int = 2,
         base: str = "multivariate",
         recon_weight: float = 1.0,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         features = torch.Size(event_shape).numel()
         alpha = 1e-6
         self.linears = nn.ModuleList(ComposedLinear(features) for _ in range(layers))
         self.activation = SmoothLeakyReLU(0.3)
-        self.base = base_distribution(features, base)
+        self.base = base_distribution(features, base, device)
         self.recon_weight = recon_weight
         self.register_buffer("shifts", torch.tensor([0.0, -alpha]))
         self.register_buffer("scales", torch.tensor([256.0, 1 / (1 - 2 * alpha)]))
+        self.to(device)
 
     def _preprocess(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x + torch.rand_like(x)

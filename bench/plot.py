@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,22 +15,38 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from .report import headline
+
 __all__ = ["draw"]
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Linear: time against D. Convolutions and models: time relative to native, case by case."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    (_curves if result["suite"] == "linear" else _dots)(axes, result["rows"])
-    environment = result["environment"]
-    axes.set_title(
-        f"{environment['processor']}, {environment['threads']} threads, "
-        f"torch {environment['torch']}, {environment['date'][:10]}",
-        fontsize=9,
-    )
+    """Linear: time against D. Convolutions and models: time relative to native, case by case.
+
+    Of a GPU: times beside their floor, case by case.
+    """
+    rows = result["rows"]
+    if "floor_s" in rows[0]:
+        kind, lines = _floors, len({(r["case"], _eager(r)) for r in rows})
+        size = (8.0, max(5.0, 0.15 * lines))
+    else:
+        kind, size = _curves if result["suite"] == "linear" else _dots, (8.0, 5.0)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    kind(axes, rows)
+    axes.set_title(headline(result["environment"]), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(aside, dpi=150, format="png")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+        plt.close(figure)
+
+
+def _eager(row: Mapping[str, Any]) -> str:
+    """The name of a variant without how it is launched."""
+    return row["variant"].removesuffix(", graph")
 
 
 def _by_variant(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -82,6 +99,33 @@ def _dots(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, axis="x", alpha=0.3)
     axes.figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+
+
+def _floors(axes: Any, rows: list[dict[str, Any]]) -> None:
+    cases = list(dict.fromkeys(r["case"] for r in rows))
+    names = list(dict.fromkeys(_eager(r) for r in rows))
+    step = 0.8 / len(names)
+    for i, name in enumerate(names):
+        color = plt.get_cmap("tab20")(i % 20)
+        offset = (i - (len(names) - 1) / 2) * step
+        # Stands for the name in the legend, for whichever of the two there is.
+        axes.plot([], [], "o", color=color, label=name)
+        for r in rows:
+            if _eager(r) == name:
+                place = cases.index(r["case"]) + offset
+                filled = color if r["variant"].endswith(", graph") else "none"
+                axes.plot(r["median_s"] * 1e6, place, "o", color=color, markerfacecolor=filled)
+                axes.plot(r["floor_s"] * 1e6, place, "|", color="black", markersize=5)
+    for place in range(1, len(cases)):
+        axes.axhline(place - 0.5, color="black", linewidth=0.3)
+    axes.set_yticks(range(len(cases)), cases)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="us a step (filled: as a CUDA graph; bar: the floor)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(True, axis="x", alpha=0.3)
+    axes.figure.legend(loc="outside lower center", ncols=3, fontsize=8)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Builds the variants of each case: the same step on the same numbers, done in different ways.
 
-A layer's step is forward, loss and backward through autograd, the gradient of x included:
-loss = mean_b(|z_b|^2 / 2 - log_det_b + recon_b), a standard normal base and recon_weight 1.
+A layer's step is forward and backward through autograd, the gradient of x included. On the CPU the
+loss between them is mean_b(|z_b|^2 / 2 - log_det_b + recon_b), a standard normal base and
+recon_weight 1. On a GPU backward starts from given gradients of z, log_det and recon: the loss
+would be a dozen small kernels, several times the layer.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +19,69 @@ import snf_ext
 
 from . import baselines
 from .cases import ConvCase, LinearCase, ModelCase
-from .composition import ComposedConv2d, ComposedFC, ComposedLinear, composed_backward
+from .composition import ComposedConv2d, ComposedFC, ComposedLinear
+from .floors import allow_tf32
 from .timing import Variant, product_step
 
 __all__ = [
+    "GPU_STEP",
     "conv_variants",
     "linear_variants",
     "model_variants",
     "native_is_built",
 ]
 
+GPU_STEP = (
+    "layers: forward, and backward from given gradients of z, log_det and recon, that of x "
+    "included; models: loss, backward, Adam"
+)
+
 # The dense matrix of a convolution is only worth factorising, and timing, up to this size.
 EXACT_CONV_FEATURES = 1024
 
+# Why no CUDA graph is tried: one that fails half-way can spoil those after it.
+FACTORISES = "its factorisation may synchronise"
+ADAM_ON_HOST = "its Adam counts the steps on the host"
 
-def native_is_built() -> bool:
-    """Whether the native backend can be timed here."""
-    return bool(snf_ext.build_info()["cpp"])
+End = Callable[..., None]  # the rest of a step, from (z, log_det, recon) or the first of them
+
+
+def native_is_built(device: torch.device | str = "cpu") -> bool:
+    """Whether the native backend can be timed on the device."""
+    return bool(snf_ext.build_info()["cuda" if _is_cuda(device) else "cpp"])
+
+
+def _is_cuda(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
 def _backend(name: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
     return lambda: snf_ext.use_backend(name)
 
 
+@contextlib.contextmanager
+def _native_tf32() -> Iterator[None]:
+    with snf_ext.use_backend("native"), allow_tf32():
+        yield
+
+
 def _layer_loss(z: Tensor, log_det: Tensor | float = 0.0, recon: Tensor | float = 0.0) -> Tensor:
     return (0.5 * z.square().flatten(1).sum(1) - log_det + recon).mean()
+
+
+def _ending(x: Tensor) -> End:
+    """The rest of a step on the batch x, after the layer's outputs."""
+    if not _is_cuda(x.device):
+        return lambda *outputs: _layer_loss(*outputs).backward()
+    mean = x.new_full((len(x),), 1 / len(x))
+    given = (torch.randn_like(x) / len(x), -mean, mean)
+
+    def end(*outputs: Tensor) -> None:
+        # The exact layers' recon is a constant.
+        pairs = [p for p in zip(outputs, given, strict=False) if p[0].requires_grad]
+        torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
+
+    return end
 
 
 def _variant(
@@ -66,36 +107,63 @@ def _leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _operator(
-    name: str, function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...]
+    name: str, function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], end: End
 ) -> Variant:
     """A step through a function of (x, weight, weight_inv, bias)."""
     leaves = _leaves(*tensors)
-    return _variant(name, lambda: _layer_loss(*function(*leaves)).backward(), leaves)
+    return _variant(name, lambda: end(*function(*leaves)), leaves)
 
 
 def _module(
-    name: str, layer: nn.Module, tensors: tuple[Tensor, ...], backend: str | None = None
+    name: str,
+    layer: nn.Module,
+    tensors: tuple[Tensor, ...],
+    end: End,
+    backend: str | None = None,
+    adam: bool = False,
 ) -> Variant:
-    """A step through a self-normalizing layer of the package."""
-    x, *values = tensors
-    parameters = (layer.weight, layer.weight_inv, layer.bias)
-    _set(parameters, values)
-    layer.to(x.device)
-    (x,) = _leaves(x)
-    return _variant(name, lambda: _layer_loss(*layer(x)).backward(), (x, *parameters), backend)
+    """A step through a self-normalizing layer of the package, perhaps with its fused Adam."""
+    x, parameters = _load(layer, tensors)
+
+    def backward() -> None:
+        end(*layer(x))
+
+    run = _then_adam(backward, parameters) if adam else backward
+    variant = _variant(name, run, (x, *parameters), backend)
+    return dataclasses.replace(variant, adam=adam)
 
 
-def _composed(layer: ComposedConv2d, tensors: tuple[Tensor, ...]) -> Variant:
-    x, *values = tensors
-    parameters = (layer.weight, layer.weight_inv, layer.bias)
-    _set(parameters, values)
-    layer.to(x.device)
-    (x,) = _leaves(x)
+def _then_adam(backward: Callable[[], None], parameters: Sequence[Tensor]) -> Callable[[], None]:
+    # So small a rate that thousands of steps down the same gradient leave the weights in place.
+    optimizer = torch.optim.Adam(parameters, lr=1e-9, fused=True, capturable=True)
 
     def run() -> None:
-        composed_backward(_layer_loss(layer(x)), [layer])
+        backward()
+        optimizer.step()
+
+    return run
+
+
+def _composed(layer: ComposedConv2d, tensors: tuple[Tensor, ...], end: End) -> Variant:
+    x, parameters = _load(layer, tensors)
+
+    def run() -> None:
+        end(layer(x))
+        layer.reconstruction_backward(1.0)
 
     return _variant("composed", run, (x, *parameters))
+
+
+def _load(layer: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Gives a layer the case's numbers, on their device; returns x as a leaf, and the parameters.
+
+    Moved first: what ``to`` does to the identity of parameters is up to torch.
+    """
+    x, *values = tensors
+    layer.to(x.device)
+    parameters = (layer.weight, layer.weight_inv, layer.bias)
+    _set(parameters, values)
+    return _leaves(x)[0], parameters
 
 
 @torch.no_grad()
@@ -104,9 +172,20 @@ def _set(parameters: tuple[Tensor, ...], values: list[Tensor]) -> None:
         p.copy_(value.view(p.shape))
 
 
-def _compiled(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+def _compiled(
+    function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], end: End
+) -> list[Variant]:
+    """The reference through torch.compile; on a GPU also with the CUDA graphs of torch's own."""
     torch.compiler.reset()
-    return torch.compile(function, dynamic=False)
+    compiled = torch.compile(function, dynamic=False)
+    variants = [_operator("compiled reference", compiled, tensors, end)]
+    if _is_cuda(tensors[0].device):
+        own = torch.compile(function, dynamic=False, mode="reduce-overhead")
+        variant = _operator("compiled reference, reduce-overhead", own, tensors, end)
+        for leaf in variant.leaves:  # as a module's parameters: not copied into the graph's memory
+            torch._dynamo.mark_static_address(leaf)
+        variants.append(dataclasses.replace(variant, no_graph="it has CUDA graphs of its own"))
+    return variants
 
 
 def linear_variants(
@@ -119,16 +198,27 @@ def linear_variants(
     weight = torch.eye(d) + torch.randn(d, d) / (10 * d**0.5)
     tensors = tuple(t.to(device) for t in (x, weight, weight.T.contiguous(), 0.01 * torch.randn(d)))
     x, weight, weight_inv, bias = tensors
+    end = _ending(x)
 
     variants = []
-    if native_is_built():
-        layer = snf_ext.SelfNormLinear(d)
-        variants.append(_module("native", layer, tensors, backend="native"))
-    variants.append(_operator("reference", snf_ext.reference.snf_linear, tensors))
+    if native_is_built(device):
+        for adam in (False, True) if _is_cuda(device) else (False,):
+            layer = snf_ext.SelfNormLinear(d)
+            name = "native, fused Adam" if adam else "native"
+            native = _module(name, layer, tensors, end, "native", adam)
+            variants.append(native)
+            if _is_cuda(device):
+                tf32 = name.replace("native", "native TF32")
+                variants.append(
+                    # Other gradients by the rounding, so not compared.
+                    dataclasses.replace(
+                        native, name=tf32, context=_native_tf32, leaves=(), tf32=True
+                    )
+                )
+    variants.append(_operator("reference", snf_ext.reference.snf_linear, tensors, end))
     if compiled:
-        function = _compiled(snf_ext.reference.snf_linear)
-        variants.append(_operator("compiled reference", function, tensors))
-    variants.append(_composed(ComposedLinear(d), tensors))
+        variants += _compiled(snf_ext.reference.snf_linear, tensors, end)
+    variants.append(_composed(ComposedLinear(d), tensors, end))
 
     for name, function in (
         ("exact", baselines.exact_linear),
@@ -137,9 +227,11 @@ def linear_variants(
         leaves = _leaves(x, weight, bias)
 
         def run(function=function, leaves=leaves) -> None:
-            _layer_loss(*function(*leaves)).backward()
+            end(*function(*leaves))
 
-        variants.append(_variant(name, run, leaves, comparable=False))
+        variant = _variant(name, run, leaves, comparable=False)
+        no_graph = FACTORISES if name == "exact" else ""
+        variants.append(dataclasses.replace(variant, no_graph=no_graph))
 
     delta, error = torch.randn(2, batch, d, device=device).unbind()
     args = (x, delta, error, weight, weight_inv)
@@ -163,27 +255,24 @@ def conv_variants(
     weight_inv = weight.flip(2, 3).transpose(0, 1).contiguous()
     tensors = tuple(t.to(device) for t in (x, weight, weight_inv, 0.01 * torch.randn(c)))
     x, weight, weight_inv, _ = tensors
+    end = _ending(x)
 
     variants = []
-    if native_is_built():
+    if native_is_built(device):
         layer = snf_ext.SelfNormConv2d(c, k)
-        variants.append(_module("native", layer, tensors, backend="native"))
-    variants.append(_operator("reference", snf_ext.reference.snf_conv2d, tensors))
+        variants.append(_module("native", layer, tensors, end, backend="native"))
+    variants.append(_operator("reference", snf_ext.reference.snf_conv2d, tensors, end))
     if compiled:
-        function = _compiled(snf_ext.reference.snf_conv2d)
-        variants.append(_operator("compiled reference", function, tensors))
-    variants.append(_composed(ComposedConv2d(c, k), tensors))
+        variants += _compiled(snf_ext.reference.snf_conv2d, tensors, end)
+    variants.append(_composed(ComposedConv2d(c, k), tensors, end))
 
     if case.features <= EXACT_CONV_FEATURES:
         exact = snf_ext.ExactConv2d(c, k).to(device)
         _set((exact.weight, exact.bias), [weight, tensors[3]])
         (leaf,) = _leaves(x)
-
-        def run() -> None:
-            _layer_loss(*exact(leaf)).backward()
-
         leaves = (leaf, exact.weight, exact.bias)
-        variants.append(_variant("exact (dense)", run, leaves, comparable=False))
+        variant = _variant("exact (dense)", lambda: end(*exact(leaf)), leaves, comparable=False)
+        variants.append(dataclasses.replace(variant, no_graph=FACTORISES))
 
     delta, error = torch.randn(2, *x.shape, device=device).unbind()
     args = (x, delta, error, weight, weight_inv)
@@ -195,29 +284,36 @@ def model_variants(
 ) -> list[Variant]:
     """Training steps of the fully connected model: zero_grad, loss, backward, Adam.
 
-    Both sides get the same images and the same optimizer; "fused Adam" is torch's own option.
+    Both sides get the same images and the same optimizer; "fused Adam" is torch's own option, and
+    the only one of the two that a CUDA graph can hold.
     """
     torch.manual_seed(0)
     x = torch.randint(256, (case.batch, *case.event_shape), device=device).float()
     variants = []
-    backends = ["native", "reference"] if native_is_built() else ["reference"]
+    backends = ["native", "reference"] if native_is_built(device) else ["reference"]
     for backend in backends:
         for fused in (False, True):
             flow = snf_ext.models.fc(event_shape=case.event_shape, layers=case.layers).to(device)
             flow.train()
             step = _train(flow, lambda flow=flow: flow.loss(x).backward(), fused)
             name = f"{backend}, fused Adam" if fused else backend
-            variants.append(Variant(name, step, _backend(backend)))
+            no_graph = "" if fused else ADAM_ON_HOST
+            variants.append(Variant(name, step, _backend(backend), no_graph=no_graph, adam=True))
     for label, base in (("DxD base", "multivariate"), ("normal base", "normal")):
-        composed = ComposedFC(case.event_shape, case.layers, base=base).to(device)
+        composed = ComposedFC(case.event_shape, case.layers, base=base, device=device)
         step = _train(composed, lambda flow=composed: flow.training_backward(x), fused=False)
-        variants.append(Variant(f"composed, {label}", step))
-    return [*variants, Variant("1024^3 product", product_step(device))]
+        variants.append(Variant(f"composed, {label}", step, no_graph=ADAM_ON_HOST, adam=True))
+    if not _is_cuda(device):
+        variants.append(Variant("1024^3 product", product_step(device)))
+    return variants
 
 
 def _train(model: nn.Module, backward: Callable[[], None], fused: bool) -> Callable[[], None]:
     # A small rate: hundreds of steps on one batch must not leave the range of a real run.
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, fused=fused or None)
+    capturable = fused and next(model.parameters()).is_cuda
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=1e-6, fused=fused or None, capturable=capturable
+    )
 
     def step() -> None:
         optimizer.zero_grad()

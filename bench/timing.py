@@ -23,6 +23,7 @@ __all__ = [
     "machine_noise",
     "product_step",
     "quartiles",
+    "sample",
     "synchronise",
 ]
 
@@ -33,13 +34,26 @@ class Variant:
 
     ``context`` is entered around the timed calls, not inside them. ``leaves`` are tensors whose
     gradients the step leaves behind, in the same order for all variants of a case, so that they can
-    be compared; empty where the variant computes something else.
+    be compared; empty where the variant computes something else. The replay of a CUDA graph always
+    writes to the same ``static_grads``. ``no_graph`` says why no CUDA graph of the step is to be
+    tried; ``adam`` and ``tf32``, whether the step ends with Adam and may round to TF32, are for its
+    floor.
     """
 
     name: str
     step: Callable[[], object]
     context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     leaves: tuple[Tensor, ...] = ()
+    static_grads: tuple[Tensor, ...] = ()
+    no_graph: str = ""
+    adam: bool = False
+    tf32: bool = False
+
+    def gradients(self) -> list[Tensor]:
+        """What the last step left behind, leaf by leaf; short where it left one out."""
+        if self.static_grads:
+            return list(self.static_grads)
+        return [leaf.grad for leaf in self.leaves if leaf.grad is not None]
 
 
 @dataclass
@@ -60,22 +74,23 @@ class Timing:
 
 @dataclass(frozen=True)
 class Noise:
-    """How fast and how steady a 1024 x 1024 x 1024 float32 product runs on all threads."""
+    """How fast and how steady a size x size x size float32 product runs on the whole device."""
 
     median: float
     fastest: float
     slowest: float
+    size: int = 1024
 
     @property
     def rate(self) -> float:
         """Floating-point operations per second at the median."""
-        return 2 * 1024**3 / self.median
+        return 2 * self.size**3 / self.median
 
     def __str__(self) -> str:
         return (
-            f"1024^3 product: median {self.median * 1e3:.2f} ms ({self.rate / 1e9:.0f} GFLOP/s), "
-            f"fastest {self.fastest * 1e3:.2f}, slowest {self.slowest * 1e3:.2f} "
-            f"({self.slowest / self.fastest:.2f} times)"
+            f"{self.size}^3 product: median {self.median * 1e3:.2f} ms "
+            f"({self.rate / 1e9:.0f} GFLOP/s), fastest {self.fastest * 1e3:.2f}, "
+            f"slowest {self.slowest * 1e3:.2f} ({self.slowest / self.fastest:.2f} times)"
         )
 
 
@@ -109,7 +124,8 @@ def calibrate(
 ) -> int:
     """Warms up, then says how many calls make a sample of at least ``min_sample`` seconds."""
     times = [_time(step, 1, sync) for _ in range(3)]
-    while sum(times) < warm_up:
+    start = time.perf_counter() - sum(times)
+    while time.perf_counter() - start < warm_up:
         times.append(_time(step, 1, sync))
     return max(1, math.ceil(min_sample / statistics.median(times[-5:])))
 
@@ -151,15 +167,23 @@ def interleave(
     return timings
 
 
-def product_step(device: torch.device | str = "cpu") -> Callable[[], Tensor]:
-    """The yardstick: one 1024^3 float32 product into memory that is already there."""
-    a, b, out = torch.randn(3, 1024, 1024, device=device).unbind()
+def product_step(device: torch.device | str = "cpu", size: int = 1024) -> Callable[[], Tensor]:
+    """The yardstick: one size^3 float32 product into memory that is already there."""
+    a, b, out = torch.randn(3, size, size, device=device).unbind()
     return lambda: torch.mm(a, b, out=out)
 
 
 def machine_noise(device: torch.device | str = "cpu", samples: int = 30) -> Noise:
-    """Times the yardstick on its own."""
-    step, sync = product_step(device), synchronise(device)
+    """Times the yardstick on its own: 1024^3 on the CPU, 4096^3 elsewhere, to fill the device."""
+    size = 1024 if torch.device(device).type == "cpu" else 4096
+    times = sample(product_step(device, size), device, samples)
+    return Noise(statistics.median(times), min(times), max(times), size)
+
+
+def sample(
+    step: Callable[[], object], device: torch.device | str = "cpu", samples: int = 30
+) -> list[float]:
+    """Warms a step up and times it call by call, in seconds."""
+    sync = synchronise(device)
     calibrate(step, sync, 0.0)
-    times = [_time(step, 1, sync) for _ in range(samples)]
-    return Noise(statistics.median(times), min(times), max(times))
+    return [_time(step, 1, sync) for _ in range(samples)]
