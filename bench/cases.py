@@ -33,7 +33,7 @@ class LinearCase:
     quick: bool = False
     graph_us: Mapping[str, float] = field(default_factory=dict)
 
-    launches: ClassVar[int] = 9  # forward 2 products, residual; backward deltas, 4 products, dc
+    launches: ClassVar[int] = 8  # forward 2 products, residual; backward deltas, 4 products
 
     @property
     def name(self) -> str:

@@ -430,6 +430,27 @@ def test_cpu_only_build_explains_cuda_tensors():
         op.redispatch(keys, x, w, w, None)
 
 
+@needs_native
+def test_cuda_build_without_a_device_explains_itself():
+    if not snf_ext.build_info()["cuda"] or torch.cuda.is_available():
+        pytest.skip("for a build with CUDA on a machine without a GPU")
+    x, w, ops = torch.randn(2, 3), torch.eye(3), torch.ops.snf_ext
+    image, kernel, shape = torch.randn(2, 3, 4, 4), torch.randn(3, 3, 3, 3), (1, 1, False)
+    calls = {
+        ops.snf_linear_forward.default: (x, w, w, None),
+        ops.snf_linear_backward.default: (x, None, None, x, x, x, w, w, None, [True] * 4),
+        ops.snf_conv2d_forward.default: (image, kernel, kernel, None, *shape),
+        ops.snf_conv2d_backward.default: (
+            *(image, None, None, image, image, image, kernel, kernel, None),
+            *(*shape, [True] * 4),
+        ),
+    }
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for op, arguments in calls.items():
+        with pytest.raises(NotImplementedError, match="no CUDA device can be used here"):
+            op.redispatch(keys, *arguments)
+
+
 def test_exact_inverse_gives_the_exact_gradient(backend):
     """With weight_inv the exact inverse, the linear layer's gradient is that of slogdet, halved."""
     weight = torch.randn(5, 5, dtype=torch.float64).requires_grad_()

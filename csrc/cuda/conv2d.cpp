@@ -122,7 +122,7 @@ ForwardStep forward(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
     int64_t dilation, int64_t groups, bool circular) {
   check_conv2d(x, weight, weight_inv, bias, dilation, groups);
-  const c10::cuda::CUDAGuard device(x.device());
+  const OnDeviceOf device(x);
   const WithoutAutocast full_precision;
   const Geometry g = {dilation, groups, circular};
   const auto wide_options = x.options().dtype(wide_type(x.scalar_type()));
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& x, const Tensor& z, const Tensor& residual, const Tensor& weight,
     const Tensor& weight_inv, const OptionalTensor& bias, int64_t dilation, int64_t groups,
     bool circular, std::array<bool, 4> mask) {
-  const c10::cuda::CUDAGuard device(x.device());
+  const OnDeviceOf device(x);
   const WithoutAutocast full_precision;
   const Geometry geometry = {dilation, groups, circular};
   const Tensor w = reaching(weight, x, geometry).contiguous();

@@ -24,7 +24,7 @@ int as_int(int64_t features) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias) {
   check_linear(x, weight, weight_inv, bias);
-  const c10::cuda::CUDAGuard device(x.device());
+  const OnDeviceOf device(x);
   const WithoutAutocast full_precision;
   const at::NoTF32Guard exact;  // z and the residual are never rounded to TF32
   const int features = as_int(weight.size(0));
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_z, const OptionalTensor& grad_log_det, const OptionalTensor& grad_recon,
     const Tensor& x, const Tensor& z, const Tensor& residual, const Tensor& weight,
     const Tensor& weight_inv, const OptionalTensor& bias, std::array<bool, 4> mask) {
-  const c10::cuda::CUDAGuard device(x.device());
+  const OnDeviceOf device(x);
   const WithoutAutocast full_precision;
   const int features = as_int(weight.size(0));
   const Tensor own_grad = grad_z.contiguous(), dz = rows(own_grad, features);

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -23,6 +24,23 @@ struct KernelType<at::Half> {
 template <>
 struct KernelType<at::BFloat16> {
   using type = __nv_bfloat16;
+};
+
+// Makes the device of x the current one, if there is any.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const at::Tensor& x) : guard_(checked(x)) {}
+
+ private:
+  static at::Device checked(const at::Tensor& x) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        c10::cuda::device_count() > 0,
+        "a CUDA operator of snf_ext was called, but no CUDA device can be used here (no GPU, no "
+        "driver, or CUDA_VISIBLE_DEVICES hides it); x is on ",
+        x.device());
+    return x.device();
+  }
+  c10::cuda::CUDAGuard guard_;
 };
 
 // Null where there is no tensor, or one without elements that stands for one not wanted.
