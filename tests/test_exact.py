@@ -15,11 +15,11 @@ from snf_ext import SelfNormConv2d, SelfNormLinear, exact
 
 def dense_log_abs_det(layer, size=None):
     if size is None:
-        matrix = layer.weight.detach().double().numpy()
+        matrix = layer.weight.detach().double().cpu().numpy()
     else:
         shape = layer.shape
         matrix = ground_truth.conv_matrix(
-            layer.weight.detach(), size, shape.dilation, shape.groups, shape.circular
+            layer.weight.detach().cpu(), size, shape.dilation, shape.groups, shape.circular
         )
     return np.linalg.slogdet(matrix)[1]
 
@@ -42,27 +42,28 @@ def drawn_conv(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_conv_against_dense(seed):
+def test_conv_against_dense(seed, device):
     layer, size = drawn_conv(seed)
     shape = layer.shape
     matrix = ground_truth.conv_matrix(
         layer.weight.detach(), size, shape.dilation, shape.groups, shape.circular
     )
+    layer = layer.to(device)
     ours = exact.conv2d_matrix(layer.weight, size, *shape.geometry)
-    np.testing.assert_array_equal(ours.detach(), matrix)
+    np.testing.assert_array_equal(ours.detach().cpu(), matrix)
     assert abs(layer.log_abs_det(size).item() - np.linalg.slogdet(matrix)[1]) < 1e-8
-    x = torch.randn(3, shape.channels, *size, dtype=torch.float64)
+    x = torch.randn(3, shape.channels, *size, dtype=torch.float64, device=device)
     z = layer(x).z
     assert (layer.inverse(z, exact=True) - x).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("features", [1, 2, 17, 100])
-def test_linear_against_dense(features):
-    layer = SelfNormLinear(features).double()
+def test_linear_against_dense(features, device):
+    layer = SelfNormLinear(features).double().to(device)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(features, features))
     assert abs(layer.log_abs_det().item() - dense_log_abs_det(layer)) < 1e-8
-    x = torch.randn(5, features, dtype=torch.float64)
+    x = torch.randn(5, features, dtype=torch.float64, device=device)
     assert (layer.inverse(layer(x).z, exact=True) - x).abs().max() < 1e-6
 
 
@@ -145,11 +146,11 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_cache_follows_the_weight(kind, change):
+def test_cache_follows_the_weight(kind, change, device):
     layer, size = (SelfNormLinear(6), None) if kind == "linear" else (SelfNormConv2d(2, 3), (5, 4))
-    layer.eval()
+    layer.to(device).eval()
     arguments = () if size is None else (size,)
-    x = torch.randn(2, *((6,) if size is None else (2, *size)))
+    x = torch.randn(2, *((6,) if size is None else (2, *size)), device=device)
     before = layer.log_abs_det(*arguments).item()
     layer.inverse(x, exact=True)
     change(layer)

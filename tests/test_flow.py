@@ -12,7 +12,7 @@ import snf_ext
 from snf_ext import Flow, SelfNormConv2d, SelfNormLinear, SmoothLeakyReLU
 
 
-def small_flow(recon_weight=1.0):
+def small_flow(recon_weight=1.0, device="cpu"):
     flow = Flow(
         [
             SelfNormConv2d(1, 3),
@@ -28,12 +28,16 @@ def small_flow(recon_weight=1.0):
     with torch.no_grad():
         for p in flow.parameters():
             p += 0.05 * torch.randn_like(p)
-    return flow
+    return flow.to(device)
 
 
-def test_log_prob_is_the_change_of_variables(backend):
+def draw_events(count, device):
+    return torch.randn(count, 1, 4, 6, dtype=torch.float64).to(device)
+
+
+def test_log_prob_is_the_change_of_variables(backend, device):
     """Against the Jacobian of the whole flow, in training and in evaluation mode."""
-    flow, x = small_flow(), torch.randn(3, 1, 4, 6, dtype=torch.float64)
+    flow, x = small_flow(device=device), draw_events(3, device)
     for training in (True, False):
         log_prob = flow.train(training).log_prob(x)
         for i in range(3):
@@ -46,12 +50,12 @@ def test_log_prob_is_the_change_of_variables(backend):
             assert abs(log_prob[i].item() - want) < 1e-8
 
 
-def test_loss_is_what_it_says(backend):
-    flow, x = small_flow(recon_weight=3.0), torch.randn(5, 1, 4, 6, dtype=torch.float64)
+def test_loss_is_what_it_says(backend, device):
+    flow, x = small_flow(3.0, device), draw_events(5, device)
     z, log_det, recon = flow(x)
     base = -0.5 * z.square().sum(1) - 12 * math.log(2 * math.pi)
     torch.testing.assert_close(flow.loss(x), (-base - log_det + 3 * recon).mean())
-    value, activations = x, torch.zeros(5, dtype=torch.float64)
+    value, activations = x, x.new_zeros(5)
     for bijection in flow.bijections:
         value, own, _ = bijection(value)
         activations += own * (not hasattr(bijection, "weight_inv"))
@@ -62,9 +66,9 @@ def test_loss_is_what_it_says(backend):
     torch.testing.assert_close(flow.loss(x), exact)
 
 
-def test_recon_is_each_layers_own(backend):
-    flow, x = small_flow(), torch.randn(5, 1, 4, 6, dtype=torch.float64)
-    total = torch.zeros(5, dtype=torch.float64)
+def test_recon_is_each_layers_own(backend, device):
+    flow, x = small_flow(device=device), draw_events(5, device)
+    total = x.new_zeros(5)
     value = x
     for bijection in flow.bijections:
         z = bijection(value).z
@@ -74,9 +78,8 @@ def test_recon_is_each_layers_own(backend):
     torch.testing.assert_close(flow(x).recon, total)
 
 
-def test_samples_and_inverse(backend):
-    flow = small_flow()
-    x = torch.randn(5, 1, 4, 6, dtype=torch.float64)
+def test_samples_and_inverse(backend, device):
+    flow, x = small_flow(device=device), draw_events(5, device)
     z = flow(x).z
     torch.testing.assert_close(flow.inverse(z, exact=True), x)
     assert flow.inverse(z).shape == x.shape
@@ -84,7 +87,7 @@ def test_samples_and_inverse(backend):
         torch.manual_seed(7)
         sample = flow.sample(4, exact=exact, temperature=0.5)
         torch.manual_seed(7)
-        noise = 0.5 * torch.randn(4, 24, dtype=torch.float64)
+        noise = 0.5 * torch.randn(4, 24, dtype=torch.float64, device=device)
         assert sample.shape == (4, 1, 4, 6)
         assert not sample.requires_grad
         torch.testing.assert_close(sample, flow.inverse(noise, exact=exact))
@@ -137,11 +140,11 @@ def test_empty_flow_is_its_base():
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_compiled_loss_has_the_same_gradients(seed, backend):
+def test_compiled_loss_has_the_same_gradients(seed, backend, device):
     torch.compiler.reset()
     torch.manual_seed(seed)
-    flow = Flow([SelfNormLinear(6), SmoothLeakyReLU(0.3), SelfNormLinear(6)], (6,))
-    x = torch.randn(4, 6)
+    flow = Flow([SelfNormLinear(6), SmoothLeakyReLU(0.3), SelfNormLinear(6)], (6,)).to(device)
+    x = torch.randn(4, 6, device=device)
     flow.loss(x).backward()
     want = [p.grad.clone() for p in flow.parameters()]
     flow.zero_grad()
@@ -150,10 +153,10 @@ def test_compiled_loss_has_the_same_gradients(seed, backend):
         torch.testing.assert_close(p.grad, g)
 
 
-def test_fc_model(backend):
-    flow = snf_ext.models.fc()
+def test_fc_model(backend, device):
+    flow = snf_ext.models.fc().to(device)
     assert sum(p.numel() for p in flow.parameters()) == 2_460_192
-    images = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
+    images = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8, device=device)
     flow.loss(images).backward()
     assert flow.log_prob(images).shape == (3,)
     sample = flow.sample(2)

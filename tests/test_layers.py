@@ -72,10 +72,10 @@ def test_bad_input(call, error, message, backend):
         call()
 
 
-def test_linear_takes_any_leading_shape(backend):
-    layer = SelfNormLinear(4).eval()
+def test_linear_takes_any_leading_shape(backend, device):
+    layer = SelfNormLinear(4).eval().to(device)
     for shape in ((4,), (3, 4), (2, 3, 4), (0, 4)):
-        z, log_det, recon = layer(torch.randn(shape))
+        z, log_det, recon = layer(torch.randn(shape, device=device))
         assert z.shape == shape
         assert log_det.shape == recon.shape == shape[:-1]
         assert layer.inverse(z, exact=True).shape == shape
@@ -104,12 +104,13 @@ def test_asymmetric_inverse_starts_at_the_cropped_or_padded_transpose(inverse_si
     assert torch.equal(conv.weight_inv, padded[:, :, top : top + rows, left : left + columns])
 
 
-def test_learned_inverse_is_the_convolution_by_weight_inv(backend):
+def test_learned_inverse_is_the_convolution_by_weight_inv(backend, device):
     conv = SelfNormConv2d(2, 3, inverse_kernel_size=5, padding_mode="circular").double()
     z = torch.randn(3, 2, 4, 6, dtype=torch.float64)
     matrix = ground_truth.conv_matrix(conv.weight_inv.detach(), (4, 6), circular=True)
     want = (z - conv.bias[:, None, None]).flatten(1).detach().numpy() @ matrix.T
-    np.testing.assert_allclose(conv.inverse(z).detach().flatten(1), want, atol=1e-12)
+    got = conv.to(device).inverse(z.to(device)).detach().cpu()
+    np.testing.assert_allclose(got.flatten(1), want, atol=1e-12)
 
 
 def test_smooth_leaky_relu_at_the_extremes():
@@ -142,12 +143,12 @@ def test_dequantize_stays_in_its_cell():
     assert f.inverse(torch.tensor([[-3.0, 300.0]])).tolist() == [[0.0, 255.0]]
 
 
-def test_exact_layers_have_the_exact_gradient():
-    conv = snf_ext.ExactConv2d(2, 3, padding_mode="circular").double()
+def test_exact_layers_have_the_exact_gradient(device):
+    conv = snf_ext.ExactConv2d(2, 3, padding_mode="circular").double().to(device)
     conv.log_abs_det((3, 4)).backward()
-    matrix = ground_truth.conv_matrix(conv.weight.detach(), (3, 4), circular=True)
+    matrix = ground_truth.conv_matrix(conv.weight.detach().cpu(), (3, 4), circular=True)
     want = ground_truth.onto_kernel(np.linalg.inv(matrix).T, conv.weight.shape, (3, 4), 1, 1, True)
-    np.testing.assert_allclose(conv.weight.grad, want, atol=1e-10)
+    np.testing.assert_allclose(conv.weight.grad.cpu(), want, atol=1e-10)
     with torch.no_grad():
         value = conv.log_abs_det((3, 4)).item()
     assert abs(value - np.linalg.slogdet(matrix)[1]) < 1e-10
