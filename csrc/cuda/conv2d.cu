@@ -37,21 +37,11 @@ void conv2d_forward(
     const ConvShape& shape, const ConvForwardPlan& plan, const ConvForwardArguments<T>& a,
     cudaStream_t stream) {
   const int tiles = plan.tiles.count();
-  const Size region = plan.by_weight.out;
-  const ConvForward<T> p = {
-      plan,
-      geometry(shape),
-      PlaneDividers(plan.x.size),
-      PlaneDividers(region),
-      PlaneDividers(plan.tile),
-      a.x,
-      a.weight,
-      a.weight_inv,
-      a.bias,
-      a.z,
-      a.residual,
-      a.log_det,
-      tiles == 1 ? a.recon : a.workspace};
+  const ConvForward<T> p = {plan,         geometry(shape),
+                            a.x,          a.weight,
+                            a.weight_inv, a.bias,
+                            a.z,          a.residual,
+                            a.log_det,    tiles == 1 ? a.recon : a.workspace};
   const auto kernel =
       plan.block == kChannelBlock ? conv2d_forward<kChannelBlock, T> : conv2d_forward<1, T>;
   launch(
@@ -70,9 +60,6 @@ void conv2d_backward(
   const ConvBackward<T> p = {
       plan,
       geometry(shape),
-      PlaneDividers(plan.by_weight_plane.size),
-      PlaneDividers(plan.by_inverse_plane.size),
-      PlaneDividers(plan.tile),
       shape.batch * plan.tiles.count(),
       a.grad_z,
       a.x,

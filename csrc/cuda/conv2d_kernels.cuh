@@ -8,6 +8,22 @@
 
 namespace snf {
 
+// put(get(n)) for n < count, shared out to the block's threads. Each thread gets several before it
+// puts the first, so that the waits for memory overlap.
+template <int kBatch, typename Get, typename Put>
+__device__ void in_batches(int count, const Get& get, const Put& put) {
+  const int step = blockDim.x;
+  for (int first = threadIdx.x; first < count; first += kBatch * step) {
+    decltype(get(0)) batch[kBatch] = {};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (first + i * step < count) batch[i] = get(first + i * step);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (first + i * step < count) put(batch[i]);
+  }
+}
+
 // ---- Planes: a region of one image in shared memory, all channels ------------------------------
 
 struct Plane {
@@ -27,19 +43,19 @@ struct ConvGeometry {
   __device__ int pixels() const { return height * width; }
 };
 
-struct PlaneDividers {
-  Divider columns, rows;
-  PlaneDividers() = default;
-  explicit PlaneDividers(Size size) : columns(size.columns), rows(size.rows) {}
-};
-
-// n = (channel * rows + row) * columns + column
+// Takes apart n = (channel * rows + row) * columns + column.
 struct Position {
   int channel, row, column;
-  __device__ Position(int n, const PlaneDividers& by) {
+};
+struct Positions {
+  SmallDivider rows, columns;
+  __device__ explicit Positions(Size size) : rows(size.rows), columns(size.columns) {}
+  __device__ Position operator()(int n) const {
+    Position at;
     int rest;
-    column = by.columns.split(n, rest);
-    row = by.rows.split(rest, channel);
+    at.column = columns.split(n, rest);
+    at.row = rows.split(rest, at.channel);
+    return at;
   }
 };
 
@@ -56,17 +72,24 @@ __device__ inline bool inside(const ConvGeometry& g, int& row, int& column) {
 
 // Fills a plane with value(offset in the image, channel), zero outside.
 template <typename Value>
-__device__ void fill(
-    const Plane& plane, const PlaneDividers& by, const ConvGeometry& g, const Value& value) {
-  const Size size = plane.shape.size;
-  for (int n = threadIdx.x; n < g.channels * size.count(); n += blockDim.x) {
-    const Position at(n, by);
-    int row = plane.row + at.row, column = plane.column + at.column;
-    const bool real = inside(g, row, column);
-    const int offset = (at.channel * g.height + row) * g.width + column;
-    plane.data[at.channel * plane.shape.stride + at.row * plane.shape.pitch + at.column] =
-        real ? value(offset, at.channel) : 0.0f;
-  }
+__device__ void fill(const Plane& plane, const ConvGeometry& g, const Value& value) {
+  struct Pixel {
+    float value;
+    int place;
+  };
+  const Positions position(plane.shape.size);
+  in_batches<8>(
+      g.channels * plane.shape.size.count(),
+      [&](int n) {
+        const Position at = position(n);
+        int row = plane.row + at.row, column = plane.column + at.column;
+        const bool real = inside(g, row, column);
+        const int offset = (at.channel * g.height + row) * g.width + column;
+        return Pixel{
+            real ? value(offset, at.channel) : 0.0f,
+            at.channel * plane.shape.stride + at.row * plane.shape.pitch + at.column};
+      },
+      [&](const Pixel& pixel) { plane.data[pixel.place] = pixel.value; });
 }
 
 // ---- Convolution of a plane --------------------------------------------------------------------
@@ -77,38 +100,44 @@ template <int kBlock, bool kTransposed, typename T>
 __device__ void stage_weights(
     const T* __restrict__ weight, const ConvGeometry& g, int taps, int first, int count, int pitch,
     float* __restrict__ to) {
+  struct Weights {
+    float of[kBlock];
+    int place;
+  };
   const int blocks_a_group = (g.per_group + kBlock - 1) / kBlock;
   const int blocks = g.channels / g.per_group * blocks_a_group;
-  const int inputs = count * taps;
-  for (int n = threadIdx.x; n < inputs * blocks; n += blockDim.x) {
-    // In the order of the weights in memory, whichever way they are read.
-    int block, input, tap;
-    if (kTransposed) {
-      tap = n % taps;
-      block = n / taps % blocks;
-      input = n / taps / blocks;
-    } else {
-      tap = n % taps;
-      input = n / taps % count;
-      block = n / inputs;
-    }
-    const int group = block / blocks_a_group, lowest = block % blocks_a_group * kBlock;
-    float values[kBlock];
+  const SmallDivider by_taps(taps), by_inner(kTransposed ? blocks : count),
+      by_group(blocks_a_group);
+  in_batches<4>(
+      count * taps * blocks,
+      [&](int n) {
+        // In the order of the weights in memory, whichever way they are read.
+        int rest, outer, group;
+        const int tap = by_taps.split(n, rest), inner = by_inner.split(rest, outer);
+        const int block = kTransposed ? inner : outer, input = kTransposed ? outer : inner;
+        const int lowest = by_group.split(block, group) * kBlock;
+        Weights weights;
 #pragma unroll
-    for (int k = 0; k < kBlock; ++k) {
-      const int out = lowest + k, in = first + input;
-      const int row = group * g.per_group + (kTransposed ? in : out);
-      values[k] = out < g.per_group
-                      ? widen(weight[(row * g.per_group + (kTransposed ? out : in)) * taps + tap])
-                      : 0.0f;
-    }
-    const int place = input * taps + (kTransposed ? taps - 1 - tap : tap);
-    float* const out = to + place * pitch + block * kBlock;
-    if constexpr (kBlock == 4)
-      *reinterpret_cast<float4*>(out) = make_float4(values[0], values[1], values[2], values[3]);
-    else
-      for (int k = 0; k < kBlock; ++k) out[k] = values[k];
-  }
+        for (int k = 0; k < kBlock; ++k) {
+          const int out = lowest + k, in = first + input;
+          const int row = group * g.per_group + (kTransposed ? in : out);
+          weights.of[k] =
+              out < g.per_group
+                  ? widen(weight[(row * g.per_group + (kTransposed ? out : in)) * taps + tap])
+                  : 0.0f;
+        }
+        weights.place =
+            (input * taps + (kTransposed ? taps - 1 - tap : tap)) * pitch + block * kBlock;
+        return weights;
+      },
+      [&](const Weights& weights) {
+        float* const out = to + weights.place;
+        if constexpr (kBlock == 4)
+          *reinterpret_cast<float4*>(out) =
+              make_float4(weights.of[0], weights.of[1], weights.of[2], weights.of[3]);
+        else
+          for (int k = 0; k < kBlock; ++k) out[k] = weights.of[k];
+      });
 }
 
 template <int kBlock>
@@ -162,11 +191,13 @@ __device__ void add_any(
 
 // out(position, value) for every element of the region that starts at (row, column) of the image:
 // the convolution of `in` there. All threads of the block call it; they may use what `out` wrote
-// after the next barrier. `scratch` holds first the weights, then each share's sums.
+// after the next barrier. `scratch` holds each share's sums, and before them the chunks of weights
+// that are not laid down already.
 template <int kBlock, bool kTransposed, typename T, typename Out>
 __device__ void convolve(
-    const ConvolutionPlan& p, const PlaneDividers& by, const ConvGeometry& g, const Plane& in,
-    int row, int column, const T* weight, int weight_pitch, float* scratch, const Out& out) {
+    const ConvolutionPlan& p, const ConvGeometry& g, const Plane& in, int row, int column,
+    const T* weight, int weight_pitch, float* scratch, const Out& out) {
+  float* const staged = shared_memory() + p.weights;
   const int thread = threadIdx.x, taps = p.kernel.count();
   const int strips = (p.out.rows + kStrip - 1) / kStrip;
   const int blocks_a_group = (g.per_group + kBlock - 1) / kBlock;
@@ -185,12 +216,14 @@ __device__ void convolve(
   for (int first = 0; first < g.per_group; first += p.chunk) {
     const int count = min(p.chunk, g.per_group - first);
     __syncthreads();  // the plane is there, and nobody needs the scratch memory any more
-    stage_weights<kBlock, kTransposed>(weight, g, taps, first, count, weight_pitch, scratch);
-    __syncthreads();
+    if (!p.laid_down) {
+      stage_weights<kBlock, kTransposed>(weight, g, taps, first, count, weight_pitch, staged);
+      __syncthreads();
+    }
     if (!works) continue;
     for (int i = share; i < count; i += p.splits) {
       const float* const from = window + (first + i) * in.shape.stride;
-      const float* const weights = scratch + i * taps * weight_pitch + block * kBlock;
+      const float* const weights = staged + i * taps * weight_pitch + block * kBlock;
       const int pitch = in.shape.pitch;
       if (square && p.kernel.rows == 3)
         add_square<kBlock, 3>(sums, from, pitch, weights, weight_pitch);
@@ -220,13 +253,23 @@ __device__ void convolve(
     }
   }
   __syncthreads();
+  const Positions position(p.out);
   for (int n = thread; n < outputs; n += blockDim.x) {
     float sum = 0;
 #pragma unroll 4
     for (int s = 0; s < p.splits; ++s) sum += scratch[n + s * outputs];
-    const Position at(n, by);
+    const Position at = position(n);
     out(at.channel, row + at.row, column + at.column, sum);
   }
+}
+
+// Lays down the weights of a convolution before it begins, if there is room for all of them.
+template <int kBlock, bool kTransposed, typename T>
+__device__ void lay_down(
+    const ConvolutionPlan& p, const ConvGeometry& g, const T* weight, int weight_pitch) {
+  if (p.laid_down)
+    stage_weights<kBlock, kTransposed>(
+        weight, g, p.kernel.count(), 0, g.per_group, weight_pitch, shared_memory() + p.weights);
 }
 
 // ---- Forward -----------------------------------------------------------------------------------
@@ -235,7 +278,6 @@ template <typename T>
 struct ConvForward {
   ConvForwardPlan plan;
   ConvGeometry geometry;
-  PlaneDividers x_plane, region, tile;
   const T *x, *weight, *weight_inv, *bias;  // bias may be null
   T* z;
   float *residual, *log_det, *recon;  // recon: one number a tile
@@ -265,15 +307,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1) conv2d_forward(const ConvForwa
   const Plane y = {
       x.data + g.channels * plan.x.stride, plan.y, row - r.rows / 2 * g.dilation,
       column - r.columns / 2 * g.dilation};
-  const int planes = g.channels * (plan.x.stride + plan.y.stride);
-  float* const scratch = shared_memory() + (planes + 3) / 4 * 4;
+  float* const scratch = shared_memory() + plan.scratch;
 
-  fill(x, p.x_plane, g, [&](int at, int) { return widen(x_image[at]); });
+  lay_down<kBlock, false>(plan.by_weight, g, p.weight, plan.weight_pitch);
+  lay_down<kBlock, false>(plan.by_inverse, g, p.weight_inv, plan.weight_pitch);
+  fill(x, g, [&](int at, int) { return widen(x_image[at]); });
   for (int n = threadIdx.x; n < g.channels * plan.y.stride; n += blockDim.x) y.data[n] = 0.0f;
 
   convolve<kBlock, false>(
-      plan.by_weight, p.region, g, x, region_row, region_column, p.weight, plan.weight_pitch,
-      scratch, [&](int channel, int at_row, int at_column, float value) {
+      plan.by_weight, g, x, region_row, region_column, p.weight, plan.weight_pitch, scratch,
+      [&](int channel, int at_row, int at_column, float value) {
         int image_row = at_row, image_column = at_column;
         if (!inside(g, image_row, image_column)) return;
         *y.at(channel, at_row, at_column) = value;
@@ -285,7 +328,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) conv2d_forward(const ConvForwa
 
   float squares = 0;
   convolve<kBlock, false>(
-      plan.by_inverse, p.tile, g, y, row, column, p.weight_inv, plan.weight_pitch, scratch,
+      plan.by_inverse, g, y, row, column, p.weight_inv, plan.weight_pitch, scratch,
       [&](int channel, int at_row, int at_column, float value) {
         if (at_row >= last_row || at_column >= last_column) return;
         const float error = value - *x.at(channel, at_row, at_column);
@@ -410,7 +453,6 @@ template <typename T>
 struct ConvBackward {
   ConvBackwardPlan plan;
   ConvGeometry geometry;
-  PlaneDividers by_weight_plane, by_inverse_plane, tile;
   int64_t units;                                         // tiles of all images
   const T *grad_z, *x, *z, *weight, *weight_inv, *bias;  // bias may be null
   const float *grad_recon, *residual;                    // grad_recon may be null: no penalty
@@ -442,9 +484,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1) conv2d_backward(const ConvBack
   Plane pull = {x.data + g.channels * x.shape.stride, plan.by_inverse_plane, 0, 0};
   Plane y = {pull.data + g.channels * pull.shape.stride, plan.by_inverse_plane, 0, 0};
   Plane delta_r = {y.data + g.channels * y.shape.stride, plan.tile_plane, 0, 0};
-  const int planes =
-      g.channels * (2 * grad.shape.stride + 2 * pull.shape.stride + delta_r.shape.stride);
-  float* const scratch = shared_memory() + (planes + 3) / 4 * 4;
+  float* const scratch = shared_memory() + plan.scratch;
+  const bool wants_delta_r = p.grad_x != nullptr || p.wants_weight_inv;
+  if (wants_delta_r) lay_down<kBlock, true>(plan.by_weight, g, p.weight, plan.weight_pitch);
+  if (p.wants_weight && penalty)
+    lay_down<kBlock, true>(plan.by_inverse, g, p.weight_inv, plan.weight_pitch);
 
   bool add = false;
   for (int64_t unit = blockIdx.x; unit < p.units; unit += gridDim.x, add = true) {
@@ -467,13 +511,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1) conv2d_backward(const ConvBack
     const float* const residual = p.residual + offset;
     const float twice_q = penalty ? 2 * p.grad_recon[image] : 0.0f;
     __syncthreads();  // the planes of the last unit are no longer needed
-    fill(grad, p.by_weight_plane, g, [&](int at, int) { return widen(grad_z[at]); });
-    if (penalty)
-      fill(pull, p.by_inverse_plane, g, [&](int at, int) { return twice_q * residual[at]; });
-    if (p.wants_weight)
-      fill(x, p.by_weight_plane, g, [&](int at, int) { return widen(x_image[at]); });
+    fill(grad, g, [&](int at, int) { return widen(grad_z[at]); });
+    if (penalty) fill(pull, g, [&](int at, int) { return twice_q * residual[at]; });
+    if (p.wants_weight) fill(x, g, [&](int at, int) { return widen(x_image[at]); });
     if (p.wants_weight_inv)
-      fill(y, p.by_inverse_plane, g, [&](int at, int channel) {
+      fill(y, g, [&](int at, int channel) {
         const float bias = p.bias == nullptr ? 0.0f : widen(p.bias[channel]);
         return widen(z_image[at]) - bias;
       });
@@ -492,9 +534,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) conv2d_backward(const ConvBack
       }
     }
 
-    if (p.grad_x != nullptr || p.wants_weight_inv)
+    if (wants_delta_r)
       convolve<kBlock, true>(
-          plan.by_weight, p.tile, g, grad, row, column, p.weight, plan.weight_pitch, scratch,
+          plan.by_weight, g, grad, row, column, p.weight, plan.weight_pitch, scratch,
           [&](int channel, int at_row, int at_column, float value) {
             if (at_row - row >= valid.rows || at_column - column >= valid.columns) return;
             const int at = (channel * g.height + at_row) * g.width + at_column;
@@ -512,12 +554,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1) conv2d_backward(const ConvBack
     if (p.wants_weight) {
       if (penalty) {
         convolve<kBlock, true>(
-            plan.by_inverse, p.tile, g, pull, row, column, p.weight_inv, plan.weight_pitch, scratch,
-            merge);
+            plan.by_inverse, g, pull, row, column, p.weight_inv, plan.weight_pitch, scratch, merge);
       } else {
         __syncthreads();
+        const Positions position(plan.tile);
         for (int n = threadIdx.x; n < g.channels * plan.tile.count(); n += blockDim.x) {
-          const Position at(n, p.tile);
+          const Position at = position(n);
           merge(at.channel, row + at.row, column + at.column, 0.0f);
         }
       }

@@ -41,10 +41,13 @@ struct PlaneShape {
 };
 
 // One convolution of a block: every thread sums `kStrip` rows times a block of channels over a
-// share of the input channels, which come in chunks of as many as the weights leave room for.
+// share of the input channels. The weights of all input channels are laid down before the kernel
+// begins where there is room, or else in chunks of as many as there is room for.
 struct ConvolutionPlan {
   Size out, kernel;
   int items, splits, chunk;
+  bool laid_down;
+  int weights;  // where they lie in shared memory, in floats
 };
 
 // One weight gradient of a block. A thread sums `tap_rows x tap_columns` taps for a block of output
@@ -63,7 +66,8 @@ struct ConvForwardPlan {
   Size tile, tiles, pad;  // pad: of y around the tile, computed for the residual's margins
   PlaneShape x, y;
   ConvolutionPlan by_weight, by_inverse;
-  int weight_pitch, threads, shared_floats;
+  int weight_pitch, threads;
+  int scratch, shared_floats;  // of shared memory: where the scratch area begins, and all of it
 };
 
 struct ConvBackwardPlan {
@@ -73,7 +77,8 @@ struct ConvBackwardPlan {
   PlaneShape by_weight_plane, by_inverse_plane, tile_plane;
   ConvolutionPlan by_weight, by_inverse;  // both transposed
   CorrelationPlan weight, weight_inv;
-  int weight_pitch, threads, correlating_threads, blocks, shared_floats;
+  int weight_pitch, threads, correlating_threads, blocks;
+  int scratch, shared_floats;
   // Floats that each block leaves for the reduction: both weight gradients and the bias's.
   int partial_floats(int channels) const {
     return weight.outputs(block) + weight_inv.outputs(block) + channels;
@@ -116,26 +121,49 @@ inline int weight_pitch(const ConvShape& s, int block) {
 
 inline ConvolutionPlan convolution(
     const ConvShape& s, int block, Size out, Size kernel, int threads) {
-  ConvolutionPlan p = {out, kernel, 0, 1, 1};
+  ConvolutionPlan p = {out, kernel, 0, 1, 1, false, 0};
   p.items = channel_blocks(s, block) * divide_up(out.rows, kStrip) * out.columns;
   const int most = std::clamp(threads / std::max(p.items, 1), 1, s.per_group);
   p.splits = divide_up(s.per_group, divide_up(s.per_group, most));
   return p;
 }
 
-inline int weight_floats(const ConvolutionPlan& p, int pitch) {
-  return p.chunk * p.kernel.count() * pitch;
-}
-
 inline int partial_floats(const ConvolutionPlan& p, const ConvShape& s) {
   return p.splits * s.channels * p.out.count();
 }
 
-// Takes as many input channels at once as `floats` leave room for; says whether that is any.
-inline bool choose_chunk(ConvolutionPlan& p, const ConvShape& s, int pitch, int64_t floats) {
-  const int64_t room = std::max<int64_t>(floats, 0) / (int64_t{p.kernel.count()} * pitch);
-  p.chunk = static_cast<int>(std::min<int64_t>(s.per_group, room));
-  return p.chunk >= 1 && partial_floats(p, s) <= floats;
+// Shares out the shared memory behind the planes: both weights and `least` floats of scratch if
+// that fits in `floats`, or else a scratch area that holds the weights in chunks. Returns the
+// scratch area's size, 0 if there is no way.
+inline int64_t lay_out(
+    ConvolutionPlan& a, ConvolutionPlan& b, const ConvShape& s, int pitch, int64_t planes,
+    int64_t least, int64_t floats) {
+  least = std::max<int64_t>({least, partial_floats(a, s), partial_floats(b, s)});
+  const int64_t channel_a = int64_t{a.kernel.count()} * pitch;
+  const int64_t channel_b = int64_t{b.kernel.count()} * pitch;
+  const int64_t whole_a = whole_vectors(channel_a * s.per_group);
+  const int64_t whole_b = whole_vectors(channel_b * s.per_group);
+  a.laid_down = b.laid_down = planes + whole_a + whole_b + least <= floats;
+  if (a.laid_down) {
+    a.chunk = b.chunk = s.per_group;
+    a.weights = static_cast<int>(planes);
+    b.weights = static_cast<int>(planes + whole_a);
+    return least;
+  }
+  const int64_t room = std::max<int64_t>(floats - planes, 0);
+  a.chunk = static_cast<int>(std::min<int64_t>(s.per_group, room / channel_a));
+  b.chunk = static_cast<int>(std::min<int64_t>(s.per_group, room / channel_b));
+  if (a.chunk == 0 || b.chunk == 0 || least > room) return 0;
+  a.weights = b.weights = static_cast<int>(planes);
+  return std::max({least, a.chunk * channel_a, b.chunk * channel_b});
+}
+
+// Where the scratch area begins.
+inline int scratch_start(
+    const ConvolutionPlan& a, const ConvolutionPlan& b, const ConvShape& s, int pitch) {
+  if (!a.laid_down) return a.weights;
+  return b.weights +
+         static_cast<int>(whole_vectors(int64_t{b.kernel.count()} * pitch * s.per_group));
 }
 
 inline CorrelationPlan correlation(
@@ -179,19 +207,16 @@ inline bool forward_tile(
   p.x = plane(region, by_weight);
   p.y = plane(p.tile, by_inverse);
   const int64_t planes = whole_vectors(int64_t{s.channels} * (p.x.stride + p.y.stride));
-  const int64_t blocks = s.batch * p.tiles.count();
-  const int64_t room = shared_budget(blocks, limits, alone) - planes;
-  if (!choose_chunk(p.by_weight, s, p.weight_pitch, room) ||
-      !choose_chunk(p.by_inverse, s, p.weight_pitch, room))
-    return false;
   p.threads = round_up(
       std::max(p.by_weight.items * p.by_weight.splits, p.by_inverse.items * p.by_inverse.splits),
       32);
-  int scratch = p.threads;
-  for (const ConvolutionPlan& c : {p.by_weight, p.by_inverse})
-    scratch = std::max({scratch, weight_floats(c, p.weight_pitch), partial_floats(c, s)});
-  p.shared_floats = static_cast<int>(planes) + scratch;
-  return p.shared_floats * int64_t{4} <= limits.shared_bytes;
+  const int64_t budget = shared_budget(s.batch * p.tiles.count(), limits, alone);
+  const int64_t scratch =
+      lay_out(p.by_weight, p.by_inverse, s, p.weight_pitch, planes, p.threads, budget);
+  if (scratch == 0) return false;
+  p.scratch = scratch_start(p.by_weight, p.by_inverse, s, p.weight_pitch);
+  p.shared_floats = p.scratch + static_cast<int>(scratch);
+  return true;
 }
 
 inline bool backward_tile(
@@ -205,31 +230,27 @@ inline bool backward_tile(
   const int64_t planes = whole_vectors(
       int64_t{s.channels} *
       (2 * p.by_weight_plane.stride + 2 * p.by_inverse_plane.stride + p.tile_plane.stride));
-  const int64_t units = s.batch * p.tiles.count();
-  const int64_t room = shared_budget(units, limits, alone) - planes;
-  if (!choose_chunk(p.by_weight, s, p.weight_pitch, room) ||
-      !choose_chunk(p.by_inverse, s, p.weight_pitch, room))
-    return false;
   const int computing =
       std::max(p.by_weight.items * p.by_weight.splits, p.by_inverse.items * p.by_inverse.splits);
   // Few channels leave threads for more shares of the image in the weight gradients.
   p.threads = round_up(std::max(computing, std::min(256, limits.threads)), 32);
-  p.correlating_threads = p.threads;
-  int sums;
-  for (;; p.correlating_threads /= 2) {
+  const int64_t units = s.batch * p.tiles.count();
+  const int64_t budget = shared_budget(units, limits, alone);
+  int64_t scratch = 0;
+  for (p.correlating_threads = p.threads; scratch == 0; p.correlating_threads /= 2) {
+    if (p.correlating_threads < 32) return false;
     p.weight = correlation(s, p.block, s.weight, p.tile, p.correlating_threads);
     p.weight_inv = correlation(s, p.block, s.weight_inv, p.tile, p.correlating_threads);
-    sums = p.correlating_threads * std::max(p.weight.sums(p.block), p.weight_inv.sums(p.block));
-    if (sums <= room || p.correlating_threads <= 32) break;
+    const int64_t sums = int64_t{p.correlating_threads} *
+                         std::max(p.weight.sums(p.block), p.weight_inv.sums(p.block));
+    scratch = lay_out(p.by_weight, p.by_inverse, s, p.weight_pitch, planes, sums, budget);
+    if (scratch != 0) break;
   }
-  if (sums > room) return false;
-  int scratch = sums;
-  for (const ConvolutionPlan& c : {p.by_weight, p.by_inverse})
-    scratch = std::max({scratch, weight_floats(c, p.weight_pitch), partial_floats(c, s)});
-  p.shared_floats = static_cast<int>(planes) + scratch;
+  p.scratch = scratch_start(p.by_weight, p.by_inverse, s, p.weight_pitch);
+  p.shared_floats = p.scratch + static_cast<int>(scratch);
   const int resident = std::clamp(limits.shared_bytes / (p.shared_floats * 4), 1, 4);
   p.blocks = static_cast<int>(std::min<int64_t>(units, int64_t{limits.multiprocessors} * resident));
-  return p.shared_floats * int64_t{4} <= limits.shared_bytes;
+  return true;
 }
 
 // Past this many weights the fused kernels lose to the vendor's convolutions: each block leaves its

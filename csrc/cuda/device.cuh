@@ -50,17 +50,13 @@ __device__ T block_sum(T value, T* scratch) {
   return sum;
 }
 
-// Division of 0 <= n < 2^31 by a number that is known at launch: a multiplication and a shift.
-class Divider {
+// Division of 0 <= n < 2^21, as for places in shared memory, by a number known in the kernel. Half
+// a step is added, so that rounding (2^-23 of the quotient) cannot reach the next whole number.
+class SmallDivider {
  public:
-  Divider() = default;
-  explicit Divider(int divisor) : divisor_(divisor) {
-    while ((int64_t{1} << shift_) < divisor) ++shift_;
-    const uint64_t excess = (uint64_t{1} << shift_) - divisor;
-    magic_ = static_cast<uint32_t>((excess << 32) / divisor + 1);
-  }
+  __device__ explicit SmallDivider(int divisor) : divisor_(divisor), reciprocal_(1.0f / divisor) {}
   __device__ int operator()(int n) const {
-    return static_cast<int>((__umulhi(static_cast<uint32_t>(n), magic_) + n) >> shift_);
+    return static_cast<int>((static_cast<float>(n) + 0.5f) * reciprocal_);
   }
   // n = quotient * divisor + the returned remainder
   __device__ int split(int n, int& quotient) const {
@@ -69,7 +65,24 @@ class Divider {
   }
 
  private:
-  int divisor_ = 1, shift_ = 0;
+  int divisor_;
+  float reciprocal_;
+};
+
+// Division of 0 <= n < 2^31 by a number that is known at launch: a multiplication and a shift.
+class Divider {
+ public:
+  explicit Divider(int divisor) {
+    while ((int64_t{1} << shift_) < divisor) ++shift_;
+    const uint64_t excess = (uint64_t{1} << shift_) - divisor;
+    magic_ = static_cast<uint32_t>((excess << 32) / divisor + 1);
+  }
+  __device__ int operator()(int n) const {
+    return static_cast<int>((__umulhi(static_cast<uint32_t>(n), magic_) + n) >> shift_);
+  }
+
+ private:
+  int shift_ = 0;
   uint32_t magic_ = 1;
 };
 
