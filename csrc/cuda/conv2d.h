@@ -1,5 +1,5 @@
 // The fused convolution step as the bindings call it: raw pointers, no torch. All calls only
-// enqueue; none allocates or synchronises. Definitions in conv2d.cu.
+// enqueue; none allocates or synchronises. Definitions in conv2d_kernels.cu.
 #pragma once
 
 #include <cuda_runtime_api.h>
