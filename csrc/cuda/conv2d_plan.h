@@ -248,7 +248,9 @@ inline bool backward_tile(
   }
   p.scratch = scratch_start(p.by_weight, p.by_inverse, s, p.weight_pitch);
   p.shared_floats = p.scratch + static_cast<int>(scratch);
-  const int resident = std::clamp(limits.shared_bytes / (p.shared_floats * 4), 1, 4);
+  // So many that run at once on one multiprocessor, with its 64 K registers and 128 a thread.
+  const int resident =
+      std::clamp(limits.shared_bytes / (p.shared_floats * 4), 1, std::max(1, 512 / p.threads));
   p.blocks = static_cast<int>(std::min<int64_t>(units, int64_t{limits.multiprocessors} * resident));
   return true;
 }
