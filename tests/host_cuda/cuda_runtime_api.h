@@ -5,7 +5,7 @@
 // It checks what a device would refuse or get wrong without a word: limits of blocks, grids and
 // shared memory, threads that part at a barrier, shuffles with lanes that are not there, writes
 // past the shared memory that was asked for. Blocks run one after the other; shared memory starts
-// as not-a-number. Sanitizers see ordinary threads and memory: ThreadSanitizer finds a missing
+// as not-a-number. Sanitizers see threads and plain memory: ThreadSanitizer finds a missing
 // barrier, AddressSanitizer an index out of bounds.
 //
 // It does not model: tensor cores, asynchronous copies, memory order weaker than a barrier's,

@@ -192,9 +192,10 @@ std::vector<Case> table() {
     if (left_out == 6) c.log_det = false;
     cases.push_back(c);
   }
+  // One gradient alone, of several images to a block.
   for (int only = 0; only < 4; ++only)
     for (const bool penalty : {false, true}) {
-      Case c = {2, {2, 1, 5, 6, 1, false}, {3, 3}, {3, 3}};
+      Case c = {9, {2, 1, 5, 6, 1, false}, {3, 3}, {3, 3}, 128, 227 * 1024, 1};
       for (int i = 0; i < 4; ++i) c.wants[i] = i == only;
       c.penalty = penalty;
       cases.push_back(c);
@@ -244,7 +245,8 @@ int main(int count, char** arguments) {
   std::erase_if(cases, [](const Case& c) { return c.threads > 256 && c.layer.channels > 4; });
 #endif
   for (const Case& c : cases) run<float>(c, engine, "float");
-  for (std::size_t i = 0; i < cases.size(); i += 6) {
+  // Not those with one pixel or one weight: a single sum may cancel to less than z's rounding.
+  for (std::size_t i = 2; i < cases.size(); i += 6) {
     run<__half>(cases[i], engine, "half");
     run<__nv_bfloat16>(cases[i], engine, "bfloat16");
   }

@@ -340,7 +340,7 @@ void run(std::mt19937& engine) {
   deltas<T>(engine, {2, 16500, 500, kAll & ~kTransposes});
   deltas<T>(engine, {4, 70, 1, kAll, false, false});
 
-  linear<T>(engine, 1, 1);
+  if (sizeof(T) > 2) linear<T>(engine, 1, 1);  // one number may cancel to less than z's rounding
   linear<T>(engine, 9, 37);
 
   inverse_term<T>(engine, {{3, 1, 6, 5, 1, false}, {3, 3}, {5, 5}});
@@ -398,8 +398,9 @@ int main(int count, char** arguments) {
   run<double>(engine);
   run<__half>(engine);
   run<__nv_bfloat16>(engine);
-  for (unsigned wanted = 0; wanted <= kAll; ++wanted)
-    for (const bool penalty : {false, true}) deltas<float>(engine, {2, 33, 1, wanted, penalty});
+  for (unsigned wanted = 0; wanted <= kAll; ++wanted) deltas<float>(engine, {2, 33, 1, wanted});
+  for (unsigned wanted = 0; wanted < 1u << kFirst; ++wanted)
+    deltas<float>(engine, {2, 33, 1, wanted, false, false});
   row_sums(engine);
   dividers();
   too_many_rows();
