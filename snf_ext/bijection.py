@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,3 +63,26 @@ def per_sample_zeros(x: Tensor) -> Tensor:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of per-sample sums: float32, or float64 for float64 input."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def push(
+    bijections: Iterable[Bijection], x: Tensor, context: Tensor | None, exact: bool
+) -> FlowStep:
+    """``x`` through all bijections, towards noise; ``log_det`` and ``recon`` summed to ``(B,)``.
+
+    ``exact`` takes the exact value of every ``log_det``, in training mode too.
+    """
+    z, log_det, recon = x, per_sample_zeros(x), per_sample_zeros(x)
+    for bijection in bijections:
+        step = bijection.exact_forward(z, context) if exact else bijection(z, context)
+        z = step.z
+        log_det = log_det + per_sample_sum(step.log_det)
+        recon = recon + per_sample_sum(step.recon)
+    return FlowStep(z, log_det, recon)
+
+
+def pull(bijections: Sequence[Bijection], z: Tensor, context: Tensor | None, exact: bool) -> Tensor:
+    """``z`` back through all bijections, towards data."""
+    for bijection in reversed(bijections):
+        z = bijection.inverse(z, context, exact=exact)
+    return z

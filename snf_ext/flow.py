@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .bijection import Bijection, FlowStep, per_sample_sum, per_sample_zeros, wide_dtype
+from .bijection import Bijection, FlowStep, pull, push, wide_dtype
 
 
 class Flow(nn.Module):
@@ -97,9 +97,7 @@ class Flow(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
         """Pull noise ``(B, *latent_shape)`` back to data, by the learned or the true inverses."""
-        for bijection in reversed(self._steps()):
-            z = bijection.inverse(z, context, exact=exact)
-        return z
+        return pull(self._steps(), z, context, exact)
 
     @torch.no_grad()
     def sample(
@@ -132,13 +130,7 @@ class Flow(nn.Module):
         return list(self.bijections)  # type: ignore[arg-type]
 
     def _push(self, x: Tensor, context: Tensor | None, exact: bool) -> FlowStep:
-        z, log_det, recon = x, per_sample_zeros(x), per_sample_zeros(x)
-        for bijection in self._steps():
-            step = bijection.exact_forward(z, context) if exact else bijection(z, context)
-            z = step.z
-            log_det = log_det + per_sample_sum(step.log_det)
-            recon = recon + per_sample_sum(step.recon)
-        return FlowStep(z, log_det, recon)
+        return push(self._steps(), x, context, exact)
 
     def _check_event(self, x: Tensor, name: str) -> None:
         if x.dim() == 0 or tuple(x.shape[1:]) != self.event_shape:

@@ -1,5 +1,24 @@
 """The operators, sent to the compiled library or to plain torch (see ``backend.py``)."""
 
+from .elementwise import (
+    actnorm,
+    affine_coupling,
+    logit,
+    normal_log_prob,
+    smooth_leaky_relu,
+    smooth_leaky_relu_inverse,
+)
 from .self_norm import snf_conv2d, snf_linear
+from .spline import rq_spline
 
-__all__ = ["snf_conv2d", "snf_linear"]
+__all__ = [
+    "actnorm",
+    "affine_coupling",
+    "logit",
+    "normal_log_prob",
+    "rq_spline",
+    "smooth_leaky_relu",
+    "smooth_leaky_relu_inverse",
+    "snf_conv2d",
+    "snf_linear",
+]

@@ -74,3 +74,80 @@ def _check_alike(x: Tensor, **others: Tensor | None) -> None:
             raise TypeError(f"{name} must have the dtype of x, {x.dtype}; got {other.dtype}")
         if other.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}; got {other.device}")
+
+
+def check_batch(x: Tensor, name: str) -> None:
+    """Raise TypeError or ValueError unless ``x`` is a floating-point ``(B, ...)``."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor; got {x.dtype}")
+    if x.dim() < 1:
+        raise ValueError(f"{name} must have shape [B, ...]; got {list(x.shape)}")
+
+
+def check_alpha(alpha: float, low: float | None = None, high: float | None = None) -> None:
+    """Raise ValueError unless alpha is in (0, 1], or in [low, high) where these are given."""
+    if low is None or high is None:
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha must be in (0, 1]; got {alpha}")
+    elif not low <= alpha < high:
+        raise ValueError(f"alpha must be in [{low:g}, {high:g}); got {alpha}")
+
+
+def check_rq_spline(
+    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, tail_bound: float
+) -> None:
+    """Raise TypeError or ValueError unless the arguments fit ``rq_spline``."""
+    check_batch(x, "x")
+    event = list(x.shape[1:])
+    bins = widths.shape[-1] if widths.dim() else 0
+    # More bins would leave the smallest sizes no room.
+    if not 1 <= bins <= 999:
+        raise ValueError(f"widths must have 1 to 999 bins in its last dimension; got {bins}")
+    shapes = [[*event, bins], [1, *event, bins], [x.shape[0], *event, bins]]
+    if list(widths.shape) not in shapes:
+        raise ValueError(
+            f"widths must have shape [..., K] with [...] = {event} (shared by the batch) or "
+            f"{list(x.shape)} (one set an element); got {list(widths.shape)}"
+        )
+    if heights.shape != widths.shape:
+        raise ValueError(
+            f"heights must have the shape of widths, {list(widths.shape)}; "
+            f"got {list(heights.shape)}"
+        )
+    inner = [*widths.shape[:-1], bins - 1]
+    if list(derivatives.shape) != inner:
+        raise ValueError(
+            f"derivatives must have shape [..., K - 1] = {inner}; got {list(derivatives.shape)}"
+        )
+    if not 0 < tail_bound < float("inf"):
+        raise ValueError(f"tail_bound must be positive and finite; got {tail_bound}")
+    _check_alike(x, widths=widths, heights=heights, derivatives=derivatives)
+
+
+def check_actnorm(x: Tensor, shift: Tensor, log_scale: Tensor) -> None:
+    """Raise TypeError or ValueError unless the arguments fit ``actnorm``."""
+    _check_floating(x)
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape [B, C, ...]; got {list(x.shape)}")
+    for name, vector in (("shift", shift), ("log_scale", log_scale)):
+        if list(vector.shape) != [x.shape[1]]:
+            raise ValueError(
+                f"{name} must have shape [C] = [{x.shape[1]}]; got {list(vector.shape)}"
+            )
+    _check_alike(x, shift=shift, log_scale=log_scale)
+
+
+def check_affine_coupling(x: Tensor, params: Tensor) -> None:
+    """Raise TypeError or ValueError unless the arguments fit ``affine_coupling``."""
+    _check_floating(x)
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape [B, C, ...]; got {list(x.shape)}")
+    fits = params.dim() == x.dim() and (
+        params.shape[0] == x.shape[0] and params.shape[2:] == x.shape[2:]
+    )
+    if not fits or params.shape[1] % 2 or not 2 <= params.shape[1] <= 2 * x.shape[1]:
+        raise ValueError(
+            f"params must have shape [B, 2T, ...] with T from 1 to C, for x of {list(x.shape)}; "
+            f"got {list(params.shape)}"
+        )
+    _check_alike(x, params=params)
