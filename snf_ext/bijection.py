@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,14 @@ class Bijection(nn.Module):
     """An invertible map. ``forward`` goes from data x to noise z, ``inverse`` back.
 
     A subclass implements :meth:`forward` and :meth:`inverse`. It overrides
-    :meth:`exact_forward` only if its training-mode ``log_det`` is a surrogate, and
-    :meth:`output_shape` only if it changes the shape of an event.
+    :meth:`exact_forward` only if its training-mode ``log_det`` is a surrogate,
+    :meth:`output_shape` only if it changes the shape of an event, and :meth:`parts` only if it
+    holds other bijections.
     """
+
+    mixing: ClassVar[bool] = False
+    """Whether this is a linear map of all channels or features, whose ``log_det`` is the same for
+    every sample: what the log-determinant penalty of :meth:`snf_ext.Flow.loss` is about."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         """Map data ``x`` to noise; see :class:`FlowStep`."""
@@ -48,6 +53,10 @@ class Bijection(nn.Module):
     def output_shape(self, event_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of one output event for an input event of ``event_shape``."""
         return event_shape
+
+    def parts(self, event_shape: tuple[int, ...]) -> Iterator[tuple[Bijection, tuple[int, ...]]]:
+        """The simple bijections that this one consists of, each with the shape of its events."""
+        yield self, event_shape
 
 
 def per_sample_sum(x: Tensor) -> Tensor:
@@ -79,6 +88,15 @@ def push(
         log_det = log_det + per_sample_sum(step.log_det)
         recon = recon + per_sample_sum(step.recon)
     return FlowStep(z, log_det, recon)
+
+
+def walk(
+    bijections: Iterable[Bijection], event_shape: tuple[int, ...]
+) -> Iterator[tuple[Bijection, tuple[int, ...]]]:
+    """Every simple bijection at any depth, in order, with the shape of the events it takes."""
+    for bijection in bijections:
+        yield from bijection.parts(event_shape)
+        event_shape = tuple(bijection.output_shape(event_shape))
 
 
 def pull(bijections: Sequence[Bijection], z: Tensor, context: Tensor | None, exact: bool) -> Tensor:

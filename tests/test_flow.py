@@ -180,3 +180,93 @@ def test_likelihood_of_images_counts_the_preprocessing():
     logistic = (-z - 2 * torch.nn.functional.softplus(-z)).flatten(1).sum(1)
     # The logit of a uniform number is logistic, up to the squeeze of 1e-6.
     np.testing.assert_allclose(logistic + log_det, -4 * math.log(16), atol=1e-3)
+
+
+def test_log_det_penalty_is_that_of_dense_determinants(backend, device):
+    """Value: over linear and convolution layers alone. Gradient: exact for an exact layer."""
+    flow, x = small_flow(device=device), draw_events(5, device)
+    linear = snf_ext.ExactLinear(24).double().to(device)
+    flow.bijections.append(linear)
+    dense = linear.weight.detach().clone().requires_grad_()
+    own = torch.linalg.slogdet(dense).logabsdet
+    others = [flow.bijections[0].log_abs_det((4, 6)), flow.bijections[3].log_abs_det((2, 3))]
+    others.append(flow.bijections[5].log_abs_det())
+    want = own.square() + sum(value.square() for value in others)
+
+    plain, penalised = flow.loss(x), flow.loss(x, log_det_penalty=0.3)
+    torch.testing.assert_close(penalised - plain, 0.3 * want.detach(), rtol=1e-8, atol=1e-10)
+    (got,) = torch.autograd.grad(penalised - plain, linear.weight)
+    (expected,) = torch.autograd.grad(0.3 * want, dense)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-10)
+    for parameter in flow.bijections[0].parameters():
+        assert parameter.grad is None
+
+
+def test_log_det_penalty_pulls_learned_layers_towards_volume_preservation(backend):
+    layer = SelfNormLinear(4).double()
+    with torch.no_grad():
+        layer.weight.copy_(3 * torch.eye(4))
+        layer.weight_inv.copy_(torch.eye(4) / 3)
+    flow, x = Flow([layer], (4,)), torch.randn(3, 4, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(
+        flow.loss(x, log_det_penalty=1.0) - flow.loss(x), layer.weight
+    )
+    # d (log det)^2 = 2 log det W^-T; the learned inverse's gradient is half of W^-T.
+    want = 4 * math.log(3) * torch.eye(4, dtype=torch.float64) / 3
+    torch.testing.assert_close(gradient, want)
+
+
+def test_bits_per_dim_divides_all_but_the_penalty(backend):
+    flow, x = small_flow(), draw_events(5, "cpu")
+    bits = flow.loss(x, bits_per_dim=True)
+    torch.testing.assert_close(bits, flow.loss(x) / (24 * math.log(2)))
+    penalty = flow.loss(x, log_det_penalty=0.1) - flow.loss(x)
+    both = flow.loss(x, log_det_penalty=0.1, bits_per_dim=True)
+    torch.testing.assert_close(both - bits, penalty)
+
+
+class Shift(snf_ext.Bijection):
+    """Takes the context off: z = x - context."""
+
+    def forward(self, x, context=None):
+        zeros = x.new_zeros(len(x))
+        return snf_ext.FlowStep(x - context, zeros, zeros)
+
+    def inverse(self, z, context=None, exact=False):
+        return z + context
+
+
+def test_context_reaches_every_bijection():
+    flow = Flow([Shift(), SelfNormLinear(3), Shift()], (3,), context_features=3)
+    x, context = torch.randn(4, 3), torch.randn(4, 3)
+    z = flow(x, context).z
+    inner = flow.bijections[1]
+    torch.testing.assert_close(z, inner(x - context).z - context)
+    torch.testing.assert_close(flow.inverse(z, context, exact=True), x, rtol=1e-4, atol=1e-5)
+    assert flow.log_prob(x, context).shape == (4,)
+    one = torch.randn(3)
+    torch.manual_seed(1)
+    alike = flow.sample(5, one)
+    torch.manual_seed(1)
+    torch.testing.assert_close(alike, flow.sample(5, one.expand(5, 3)))
+
+
+@pytest.mark.parametrize(
+    ("features", "call", "message"),
+    [
+        (2, lambda f, x: f.loss(x), r"context must have shape \[B, K\] = \[3, 2\]; got none"),
+        (2, lambda f, x: f.log_prob(x, x), r"= \[3, 2\]; got \[3, 4\]"),
+        (2, lambda f, x: f.sample(5, x), r"= \[5, 2\]; got \[3, 4\]"),
+        (0, lambda f, x: f.loss(x, x), r"context must not be given .* are 0; got \[3, 4\]"),
+        (0, lambda f, x: f.loss(x, log_det_penalty=-1.0), "log_det_penalty must be .* got -1.0"),
+    ],
+)
+def test_bad_context_and_penalty(features, call, message):
+    flow = Flow([SelfNormLinear(4)], (4,), context_features=features)
+    with pytest.raises(ValueError, match=message):
+        call(flow, torch.randn(3, 4))
+
+
+def test_bad_context_features():
+    with pytest.raises(ValueError, match="context_features must not be negative; got -1"):
+        Flow([SelfNormLinear(4)], (4,), context_features=-1)

@@ -10,7 +10,7 @@ from .. import exact
 from ..bijection import Bijection, FlowStep, per_sample_zeros
 from ..reference.convolution import convolve
 from .conv_shape import ConvShape, image_size
-from .initial import near_identity
+from .initial import STARTS, checked_start, near_identity
 
 
 class ExactLinear(Bijection):
@@ -29,6 +29,8 @@ class ExactLinear(Bijection):
     >>> torch.allclose(step.log_det, layer.log_abs_det().expand(3))
     True
     """
+
+    mixing = True
 
     def __init__(self, features: int, bias: bool = True) -> None:
         super().__init__()
@@ -74,6 +76,8 @@ class ExactConv2d(Bijection):
     torch.Size([3])
     """
 
+    mixing = True
+
     def __init__(
         self,
         channels: int,
@@ -84,12 +88,14 @@ class ExactConv2d(Bijection):
         bias: bool = True,
         padding_mode: str = "zeros",
         stride: int = 1,
+        start: str = "identity",
     ) -> None:
         super().__init__()
         self.shape = ConvShape.checked(
             channels, kernel_size, dilation, groups, padding_mode, stride
         )
-        self.weight = nn.Parameter(near_identity(self.shape.weight_shape(), groups))
+        begin = STARTS[checked_start(start)]
+        self.weight = nn.Parameter(begin(self.shape.weight_shape(), groups))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         self._cache = exact.FactorizationCache()
 

@@ -10,12 +10,13 @@ from .. import exact, ops
 from ..bijection import Bijection, FlowStep
 from ..reference.convolution import convolve, flip
 from .conv_shape import ConvShape, image_size, odd_pair
-from .initial import near_identity, resized
+from .initial import STARTS, checked_start, near_identity, resized
 
 
 class _SelfNorm(Bijection):
     """A layer with a weight, its learned inverse, and a cache of the exact factorisation."""
 
+    mixing = True
     weight: nn.Parameter
     weight_inv: nn.Parameter
     bias: nn.Parameter | None
@@ -129,13 +130,16 @@ class SelfNormConv2d(_SelfNorm):
         padding_mode: ``"zeros"`` or ``"circular"``.
         inverse_kernel_size: of r; as w if None. A larger r inverts better (SNF A.4).
         stride: only 1; ``Squeeze`` changes the resolution.
+        start: where w starts: ``"identity"``, Dirac plus Xavier-normal noise of gain 0.01, or
+            ``"orthogonal"``, a random orthogonal matrix of the channels at the centre, and
+            that noise at the other taps.
 
     Parameters: ``weight`` w ``(C, C/groups, k, k)``, ``weight_inv`` r ``(C, C/groups, k', k')``,
-    ``bias`` c ``(C,)`` or None. w starts at Dirac plus Xavier-normal noise of gain 0.01, r at
-    ``flip(w)`` (cropped or zero-padded), c at 0.
+    ``bias`` c ``(C,)`` or None. r starts at ``flip(w)`` (cropped or zero-padded), c at 0.
 
     Raises:
-        ValueError: an even kernel, groups that do not divide the channels, unknown padding.
+        ValueError: an even kernel, groups that do not divide the channels, unknown padding or
+            start.
         NotImplementedError: a stride.
 
     Cost: six convolutions a training step; O((C H W)^3) once per weight and image size for exact
@@ -160,8 +164,10 @@ class SelfNormConv2d(_SelfNorm):
         padding_mode: str = "zeros",
         inverse_kernel_size: int | tuple[int, int] | None = None,
         stride: int = 1,
+        start: str = "identity",
     ) -> None:
         super().__init__()
+        self.start = checked_start(start)
         self.shape = ConvShape.checked(
             channels, kernel_size, dilation, groups, padding_mode, stride
         )
@@ -175,9 +181,9 @@ class SelfNormConv2d(_SelfNorm):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start anew: w near Dirac, r = flip(w), c = 0."""
+        """Start anew: w near Dirac or orthogonal, r = flip(w), c = 0."""
         groups = self.shape.groups
-        self.weight.copy_(near_identity(self.weight.shape, groups))
+        self.weight.copy_(STARTS[self.start](self.weight.shape, groups))
         size = self.weight_inv.shape
         self.weight_inv.copy_(resized(flip(self.weight, groups), (size[2], size[3])))
         if self.bias is not None:

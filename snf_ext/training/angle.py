@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import exact
+from .. import exact, ops
 from ..bijection import FlowStep, per_sample_sum
-from ..flow import Flow, standard_normal_log_prob
+from ..flow import Flow
 from ..layers import SelfNormConv2d, SelfNormLinear
 
 
@@ -64,7 +64,7 @@ def gradient_angle(flow: Flow, x: Tensor) -> dict[str, float]:
         layer.register_forward_hook(set_aside)
     with torch.enable_grad():
         z, log_det, _ = flow(x.double())
-        data_term = -(standard_normal_log_prob(z) + log_det).mean()
+        data_term = -(ops.normal_log_prob(z) + log_det).mean()
         weights = [layer.weight for layer in layers.values()]
         half_data = torch.autograd.grad(data_term, weights, retain_graph=True)
         half_inverse = torch.autograd.grad(-torch.stack(surrogates).sum(), weights)
