@@ -10,21 +10,30 @@ from .bijection import Bijection, FlowStep
 from .flow import Flow
 from .graphed import GraphedStep
 from .layers import (
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
     Dequantize,
     ExactConv2d,
     ExactLinear,
     Flatten,
     Logit,
     Normalize,
+    RationalQuadraticSpline,
     SelfNormConv2d,
     SelfNormLinear,
     SmoothLeakyReLU,
+    SplitPrior,
     Squeeze,
+    initialize,
 )
 from .training.angle import gradient_angle
 from .version import __version__
 
 __all__ = [
+    "ActNorm",
+    "AdditiveCoupling",
+    "AffineCoupling",
     "Bijection",
     "Dequantize",
     "ExactConv2d",
@@ -35,14 +44,17 @@ __all__ = [
     "GraphedStep",
     "Logit",
     "Normalize",
+    "RationalQuadraticSpline",
     "SelfNormConv2d",
     "SelfNormLinear",
     "SmoothLeakyReLU",
+    "SplitPrior",
     "Squeeze",
     "__version__",
     "backend",
     "build_info",
     "gradient_angle",
+    "initialize",
     "models",
     "ops",
     "reference",

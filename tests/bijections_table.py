@@ -21,12 +21,20 @@ class BijectionCase:
     unit_interval: bool = False  # takes data in [0, 1]
     learned: bool = False  # has a weight_inv
     noisy: bool = False  # forward draws noise
+    batch_dependent: bool = False  # forward in training mode depends on the whole batch
+    context_shape: tuple[int, ...] | None = None  # of one sample
 
     def build(self, dtype=torch.float64, device="cpu") -> Bijection:
-        """With weights a little off where they start, so that no test rests on the identity."""
+        """With weights a little off where they start, so that no test rests on the identity.
+
+        Two batches go through first, for what starts from data.
+        """
         generator = torch.Generator().manual_seed(3)
         bijection = self.make().to(device, dtype)
         with torch.no_grad():
+            for seed in (7, 8):
+                x = self.data(8, dtype, device, seed)
+                bijection(x if self.unit_interval else 3 * x + 0.5, self.context(x))
             for p in bijection.parameters():
                 p += (0.05 * torch.randn(p.shape, generator=generator)).to(p)
         return bijection
@@ -36,6 +44,14 @@ class BijectionCase:
         shape = (batch, *self.event_shape)
         draw = torch.rand if self.unit_interval else torch.randn
         return draw(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    def context(self, x):
+        """A context for the batch ``x``, or None."""
+        if self.context_shape is None:
+            return None
+        generator = torch.Generator().manual_seed(11)
+        shape = (x.shape[0], *self.context_shape)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
 
 
 BIJECTIONS = [
@@ -67,4 +83,56 @@ BIJECTIONS = [
     BijectionCase("Dequantize", lambda: snf_ext.Dequantize(8), (4,), noisy=True),
     BijectionCase("Flatten", lambda: snf_ext.Flatten((2, 3)), (2, 3)),
     BijectionCase("Squeeze", lambda: snf_ext.Squeeze(), (2, 4, 6)),
+    BijectionCase("Spline", lambda: snf_ext.RationalQuadraticSpline((2, 3)), (2, 3)),
+    BijectionCase(
+        "Spline-small", lambda: snf_ext.RationalQuadraticSpline((5,), bins=8, tail_bound=1.5), (5,)
+    ),
+    BijectionCase("ActNorm", lambda: snf_ext.ActNorm(3), (3, 2, 4)),
+    BijectionCase("ActNorm-vector", lambda: snf_ext.ActNorm(4, init_batches=2), (4,)),
+    BijectionCase("AffineCoupling", lambda: snf_ext.AffineCoupling(3, 5), (3, 2, 4)),
+    BijectionCase(
+        "AffineCoupling-flipped-maps",
+        lambda: snf_ext.AffineCoupling(3, 5, flipped=True, context_features=2),
+        (3, 2, 4),
+        context_shape=(2, 2, 4),
+    ),
+    BijectionCase(
+        "AffineCoupling-checkerboard",
+        lambda: snf_ext.AffineCoupling(1, 5, mask="checkerboard", context_features=2),
+        (1, 3, 4),
+        context_shape=(2,),
+    ),
+    BijectionCase(
+        "AffineCoupling-vector",
+        lambda: snf_ext.AffineCoupling(5, 6, mask="vector", context_features=2),
+        (5,),
+        context_shape=(2,),
+    ),
+    BijectionCase("AdditiveCoupling", lambda: snf_ext.AdditiveCoupling(2, 5), (2, 3, 4)),
+    BijectionCase(
+        "AdditiveCoupling-checkerboard-flipped",
+        lambda: snf_ext.AdditiveCoupling(2, 5, mask="checkerboard", flipped=True),
+        (2, 3, 4),
+    ),
+    BijectionCase(
+        "SplitPrior",
+        lambda: snf_ext.SplitPrior((3, 4, 4), [snf_ext.Squeeze()], 5, context_features=2),
+        (3, 4, 4),
+        context_shape=(2,),
+    ),
+    BijectionCase(
+        "SplitPrior-additive",
+        lambda: snf_ext.SplitPrior(
+            (3, 4, 4),
+            [snf_ext.ActNorm(1), snf_ext.Squeeze(), snf_ext.AffineCoupling(4, 5)],
+            5,
+            additive=True,
+        ),
+        (3, 4, 4),
+    ),
+    BijectionCase(
+        "SplitPrior-unconditional",
+        lambda: snf_ext.SplitPrior((4, 1, 3), [snf_ext.SmoothLeakyReLU()], conditional=False),
+        (4, 1, 3),
+    ),
 ]

@@ -1,0 +1,48 @@
+"""The networks inside couplings: from what passes to the parameters of what is changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ScaledConv2d(nn.Module):
+    """A 3x3 convolution that starts at zero, its output times ``exp(3 s)`` with a learned s.
+
+    Source: Kingma and Dhariwal 2018, "Glow", section 3.3 and its code.
+
+    >>> ScaledConv2d(2, 4)(torch.randn(1, 2, 3, 3)).abs().max().item()
+    0.0
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.logs = nn.Parameter(torch.zeros(outputs, 1, 1))
+        nn.init.zeros_(self.conv.weight)
+        assert self.conv.bias is not None
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * (3 * self.logs).exp()
+
+
+def image_network(inputs: int, outputs: int, width: int) -> nn.Sequential:
+    """Conv 3x3 - ReLU - conv 1x1 - ReLU - conv 3x3; gives zeros at first."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 1),
+        nn.ReLU(),
+        ScaledConv2d(width, outputs),
+    )
+
+
+def vector_network(inputs: int, outputs: int, width: int) -> nn.Sequential:
+    """Linear - ReLU - linear - ReLU - linear; gives zeros at first."""
+    last = nn.Linear(width, outputs)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(
+        nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), last
+    )
