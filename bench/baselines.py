@@ -1,4 +1,4 @@
-"""What else the native layers are compared with: exact, relative gradient, and the bare products.
+"""What else the native layers are compared with: the exact gradient, and the bare products.
 
 Each function is stock PyTorch. The merged equations in plain PyTorch are ``snf_ext.reference``; the
 public code's manner is in ``composition``.
@@ -7,7 +7,6 @@ public code's manner is in ``composition``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,39 +16,12 @@ __all__ = [
     "conv_products",
     "exact_linear",
     "linear_products",
-    "relative_linear",
 ]
 
 
 def exact_linear(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """z = W x + c and log|det W| differentiated exactly, O(D^3) a step."""
     return F.linear(x, weight, bias), torch.linalg.slogdet(weight)[1].expand(len(x))
-
-
-class _RelativeLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        y = F.linear(x, weight)
-        ctx.save_for_backward(weight, y)
-        return y + bias, x.new_zeros(len(x))
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        delta_z, grad_log_det = grad_outputs
-        weight, y = ctx.saved_tensors
-        # (delta_z x^T + S W^-T) W^T W = delta_z (W^T y)^T + S W, the inverse gone
-        grad_weight = delta_z.T @ (y @ weight)
-        grad_weight.add_(weight * grad_log_det.sum())
-        return delta_z @ weight, grad_weight, delta_z.sum(0)
-
-
-def relative_linear(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """z = W x + c with the relative gradient of W, four products of O(B D^2).
-
-    log_det has the value 0. Source: Gresele et al. 2020, "Relative gradient optimization of the
-    Jacobian term in unsupervised deep learning".
-    """
-    return _RelativeLinear.apply(x, weight, bias)
 
 
 def linear_products(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import snf_ext
+from snf_ext.layers.relative import relative_linear
 
 from . import baselines
 from .cases import ConvCase, LinearCase, ModelCase
@@ -222,7 +223,7 @@ def linear_variants(
 
     for name, function in (
         ("exact", baselines.exact_linear),
-        ("relative", baselines.relative_linear),
+        ("relative", relative_linear),
     ):
         leaves = _leaves(x, weight, bias)
 

@@ -20,6 +20,7 @@ class BijectionCase:
     event_shape: tuple[int, ...]
     unit_interval: bool = False  # takes data in [0, 1]
     learned: bool = False  # has a weight_inv
+    surrogate: bool = False  # without one, yet its log_det in training has the value 0
     noisy: bool = False  # forward draws noise
     batch_dependent: bool = False  # forward in training mode depends on the whole batch
     context_shape: tuple[int, ...] | None = None  # of one sample
@@ -134,5 +135,24 @@ BIJECTIONS = [
         "SplitPrior-unconditional",
         lambda: snf_ext.SplitPrior((4, 1, 3), [snf_ext.SmoothLeakyReLU()], conditional=False),
         (4, 1, 3),
+    ),
+    BijectionCase("RelativeLinear", lambda: snf_ext.RelativeLinear(5), (5,), surrogate=True),
+    BijectionCase("PlainConv1x1", lambda: snf_ext.PlainConv1x1(3), (3, 4, 2)),
+    BijectionCase("LUConv1x1", lambda: snf_ext.LUConv1x1(3), (3, 2, 3)),
+    BijectionCase("HouseholderConv1x1", lambda: snf_ext.HouseholderConv1x1(3), (3, 2, 3)),
+    BijectionCase(
+        "HouseholderConv1x1-two-reflections",
+        lambda: snf_ext.HouseholderConv1x1(4, bias=False, reflections=2),
+        (4, 3, 2),
+    ),
+    BijectionCase("EmergingConv2d", lambda: snf_ext.EmergingConv2d(2), (2, 4, 3)),
+    BijectionCase(
+        "EmergingConv2d-wide", lambda: snf_ext.EmergingConv2d(3, (5, 1), bias=False), (3, 2, 4)
+    ),
+    BijectionCase("ExponentialConv2d", lambda: snf_ext.ExponentialConv2d(2), (2, 4, 3)),
+    BijectionCase(
+        "ExponentialConv2d-at-its-bound",
+        lambda: snf_ext.ExponentialConv2d(3, (1, 5), bias=False, norm_bound=0.3),
+        (3, 2, 4),
     ),
 ]

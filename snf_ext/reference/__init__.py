@@ -10,6 +10,7 @@ from .elementwise import (
 )
 from .self_norm import snf_conv2d, snf_linear
 from .spline import rq_spline
+from .triangular import triangular_conv2d_solve
 
 __all__ = [
     "actnorm",
@@ -21,4 +22,5 @@ __all__ = [
     "smooth_leaky_relu_inverse",
     "snf_conv2d",
     "snf_linear",
+    "triangular_conv2d_solve",
 ]

@@ -151,3 +151,23 @@ def check_affine_coupling(x: Tensor, params: Tensor) -> None:
             f"got {list(params.shape)}"
         )
     _check_alike(x, params=params)
+
+
+def check_triangular(z: Tensor, weight: Tensor) -> None:
+    """Raise TypeError or ValueError unless the arguments fit ``triangular_conv2d_solve``."""
+    if not z.is_floating_point():
+        raise TypeError(f"z must be a floating-point tensor; got {z.dtype}")
+    if z.dim() != 4:
+        raise ValueError(f"z must have shape [B, C, H, W]; got {list(z.shape)}")
+    channels = z.shape[1]
+    if channels < 1 or z.shape[2] < 1 or z.shape[3] < 1:
+        raise ValueError(f"z must have at least one channel and pixel; got {list(z.shape)}")
+    if weight.dim() != 4 or list(weight.shape[:2]) != [channels] * 2 or min(weight.shape[2:]) < 1:
+        raise ValueError(
+            f"weight must have shape [C, C, kh, kw] = [{channels}, {channels}, kh, kw]; "
+            f"got {list(weight.shape)}"
+        )
+    if weight.dtype != z.dtype:
+        raise TypeError(f"weight must have the dtype of z, {z.dtype}; got {weight.dtype}")
+    if weight.device != z.device:
+        raise ValueError(f"weight must be on the device of z, {z.device}; got {weight.device}")
