@@ -79,11 +79,41 @@ BIJECTIONS = [
     BijectionCase("ExactConv2d", lambda: snf_ext.ExactConv2d(2, 3, groups=2), (2, 3, 4)),
     BijectionCase("SmoothLeakyReLU", lambda: snf_ext.SmoothLeakyReLU(0.3), (2, 3)),
     BijectionCase("SmoothLeakyReLU-steep", lambda: snf_ext.SmoothLeakyReLU(0.01), (5,)),
+    BijectionCase("LeakyReLU", lambda: snf_ext.LeakyReLU(0.1), (2, 3)),
+    BijectionCase("LearnableLeakyReLU", lambda: snf_ext.LearnableLeakyReLU(), (2, 3)),
+    BijectionCase("SmoothTanh", lambda: snf_ext.SmoothTanh(), (2, 3)),
+    BijectionCase("SmoothTanh-steep", lambda: snf_ext.SmoothTanh(3.0, 0.5), (5,)),
     BijectionCase("Logit", lambda: snf_ext.Logit(1e-6), (2, 3), unit_interval=True),
     BijectionCase("Normalize", lambda: snf_ext.Normalize(0.5, -3.0), (2, 3)),
     BijectionCase("Dequantize", lambda: snf_ext.Dequantize(8), (4,), noisy=True),
+    BijectionCase(
+        "VariationalDequantize",
+        lambda: snf_ext.VariationalDequantize((2, 3, 3), 8, width=4),
+        (2, 3, 3),
+        noisy=True,
+    ),
+    BijectionCase(
+        "VariationalDequantize-vector",
+        lambda: snf_ext.VariationalDequantize((4,), 8, width=4, steps=2),
+        (4,),
+        noisy=True,
+    ),
     BijectionCase("Flatten", lambda: snf_ext.Flatten((2, 3)), (2, 3)),
     BijectionCase("Squeeze", lambda: snf_ext.Squeeze(), (2, 4, 6)),
+    BijectionCase("Unsqueeze", lambda: snf_ext.Unsqueeze(), (8, 2, 3)),
+    BijectionCase("Permutation", lambda: snf_ext.Permutation(5), (5,)),
+    BijectionCase("Permutation-columns", lambda: snf_ext.Permutation(3, -1, (2, 0, 1)), (2, 2, 3)),
+    BijectionCase("ComponentwiseAffine", lambda: snf_ext.ComponentwiseAffine((2, 3)), (2, 3)),
+    BijectionCase(
+        "ComponentwiseAffine-context",
+        lambda: snf_ext.ComponentwiseAffine((2, 3), context_features=2),
+        (2, 3),
+        context_shape=(2,),
+    ),
+    BijectionCase("BatchNorm", lambda: snf_ext.BatchNorm(3), (3, 2, 2), batch_dependent=True),
+    BijectionCase(
+        "BatchNorm-vector", lambda: snf_ext.BatchNorm(4, 0.5), (4,), batch_dependent=True
+    ),
     BijectionCase("Spline", lambda: snf_ext.RationalQuadraticSpline((2, 3)), (2, 3)),
     BijectionCase(
         "Spline-small", lambda: snf_ext.RationalQuadraticSpline((5,), bins=8, tail_bound=1.5), (5,)

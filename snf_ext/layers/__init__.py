@@ -1,16 +1,19 @@
 """Bijections: one idea a file."""
 
-from .activations import SmoothLeakyReLU
+from .activations import LeakyReLU, LearnableLeakyReLU, SmoothLeakyReLU, SmoothTanh
 from .actnorm import ActNorm, initialize
+from .affine import ComponentwiseAffine
+from .batch_norm import BatchNorm
 from .coupling import AdditiveCoupling, AffineCoupling
 from .emerging import EmergingConv2d
 from .exact import ExactConv2d, ExactLinear
 from .exponential import ExponentialConv2d
 from .glow_mixing import HouseholderConv1x1, LUConv1x1, PlainConv1x1
-from .preprocessing import Dequantize, Logit, Normalize
+from .preprocessing import Dequantize, Logit, Normalize, VariationalDequantize
+from .probe import coupling_outputs
 from .relative import RelativeLinear
 from .self_norm import SelfNormConv2d, SelfNormLinear
-from .shape import Flatten, Squeeze
+from .shape import Flatten, Permutation, Squeeze, Unsqueeze
 from .spline import RationalQuadraticSpline
 from .split_prior import SplitPrior
 
@@ -18,6 +21,8 @@ __all__ = [
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
+    "BatchNorm",
+    "ComponentwiseAffine",
     "Dequantize",
     "EmergingConv2d",
     "ExactConv2d",
@@ -26,15 +31,22 @@ __all__ = [
     "Flatten",
     "HouseholderConv1x1",
     "LUConv1x1",
+    "LeakyReLU",
+    "LearnableLeakyReLU",
     "Logit",
     "Normalize",
+    "Permutation",
     "PlainConv1x1",
     "RationalQuadraticSpline",
     "RelativeLinear",
     "SelfNormConv2d",
     "SelfNormLinear",
     "SmoothLeakyReLU",
+    "SmoothTanh",
     "SplitPrior",
     "Squeeze",
+    "Unsqueeze",
+    "VariationalDequantize",
+    "coupling_outputs",
     "initialize",
 ]

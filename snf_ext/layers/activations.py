@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bijection import Bijection, FlowStep, per_sample_sum, per_sample_zeros, wide_dtype
 
@@ -65,3 +67,128 @@ class SmoothLeakyReLU(Bijection):
 
     def extra_repr(self) -> str:
         return f"{self.alpha}"
+
+
+class LeakyReLU(Bijection):
+    """``z = x`` where x > 0 and ``z = a x`` elsewhere, element by element.
+
+    Shapes: x ``(B, ...)``, z the same, ``log_det`` ``(B,)``.
+
+    Args:
+        alpha: a, in (0, 1].
+
+    Raises:
+        ValueError: ``alpha`` is outside (0, 1].
+
+    >>> LeakyReLU(0.5)(torch.tensor([[-2.0, 2.0]])).z.tolist()
+    [[-1.0, 2.0]]
+    """
+
+    def __init__(self, alpha: float = 0.1) -> None:
+        super().__init__()
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha must be in (0, 1]; got {alpha}")
+        self.alpha = alpha
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
+        left = (x <= 0).to(wide_dtype(x.dtype))
+        log_det = per_sample_sum(left) * math.log(self.alpha)
+        return FlowStep(F.leaky_relu(x, self.alpha), log_det, per_sample_zeros(x))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
+        return torch.where(z > 0, z, z / self.alpha)
+
+    def extra_repr(self) -> str:
+        return f"{self.alpha}"
+
+
+class LearnableLeakyReLU(Bijection):
+    """:class:`LeakyReLU` whose slope on the left is ``sigmoid(p) + 1/2``, in (0.5, 1.5).
+
+    Shapes: x ``(B, ...)``, z the same, ``log_det`` ``(B,)``. Parameter: ``p``, a scalar, started at
+    0, the identity. Source: SNF's public code.
+
+    >>> f = LearnableLeakyReLU()
+    >>> f(torch.tensor([[-2.0, 2.0]])).z.tolist()
+    [[-2.0, 2.0]]
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
+        wide = wide_dtype(x.dtype)
+        slope = self._slope(wide)
+        v = x.to(wide)
+        log_det = per_sample_sum((v <= 0).to(wide)) * slope.log()
+        return FlowStep(torch.where(v > 0, v, v * slope).to(x.dtype), log_det, per_sample_zeros(x))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
+        v = z.to(wide_dtype(z.dtype))
+        return torch.where(v > 0, v, v / self._slope(v.dtype)).to(z.dtype)
+
+    def _slope(self, dtype: torch.dtype) -> Tensor:
+        return torch.sigmoid(self.p.to(dtype)) + 0.5
+
+
+class SmoothTanh(Bijection):
+    """``z = tanh(a x) + b x``, element by element.
+
+    Shapes: x ``(B, ...)``, z the same, ``log_det`` ``(B,)``.
+
+    Args:
+        alpha: a, positive.
+        beta: b, positive: the slope far out.
+
+    Raises:
+        ValueError: ``alpha`` or ``beta`` is not positive and finite.
+
+    Cost of the inverse: always ``6 + log2(1 + a / b) / 2`` iterations of Newton's method, twice
+    what it takes to converge, so that the device need not be asked.
+    Source: SNF's public code.
+
+    >>> f = SmoothTanh()
+    >>> x = torch.randn(5, 4)
+    >>> torch.allclose(f.inverse(f(x).z), x, atol=1e-5)
+    True
+    """
+
+    def __init__(self, alpha: float = 1.0, beta: float = 0.1) -> None:
+        super().__init__()
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite; got {value}")
+        self.alpha, self.beta = alpha, beta
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
+        v = x.to(wide_dtype(x.dtype))
+        log_det = per_sample_sum(self._slope(v).log())
+        return FlowStep(self._value(v).to(x.dtype), log_det, per_sample_zeros(x))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
+        wide = z.to(wide_dtype(z.dtype))
+        with torch.no_grad():
+            # The map is odd. Right of 0 it is concave, so that Newton's method started left of
+            # the root stays left of it and converges; the bracket guards against rounding.
+            size = wide.abs()
+            high = (size / self.beta).clamp(max=torch.finfo(wide.dtype).max)
+            low = torch.maximum(size / (self.alpha + self.beta), (size - 1) / self.beta)
+            low = torch.minimum(low, high)
+            x = low
+            for _ in range(6 + math.ceil(math.log2(1 + self.alpha / self.beta) / 2)):
+                x = x - (self._value(x) - size) / self._slope(x)
+                x = torch.minimum(torch.maximum(x, low), high)
+            x = torch.copysign(x, wide)
+        if wide.requires_grad:  # one more step carries the gradient dx/dz = 1 / f'(x)
+            x = x - (self._value(x) - wide) / self._slope(x)
+        return x.to(z.dtype)
+
+    def _value(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.alpha * x) + self.beta * x
+
+    def _slope(self, x: Tensor) -> Tensor:
+        return self.alpha * (1 - torch.tanh(self.alpha * x).square()) + self.beta
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, beta={self.beta}"
