@@ -68,15 +68,18 @@ def _iaf(features: int, context: int, layers: int, width: int) -> nn.Module:
 
 
 def _nice(features: int, context: int, layers: int, width: int) -> nn.Module:
+    """Without the scale at the end no volume could change."""
     zuko = import_zuko()
-    additive = {"univariate": zuko.transforms.AdditiveTransform, "shapes": [()]}
-    flow = zuko.flows.NICE(
-        features, context, transforms=layers, hidden_features=[width] * 2, **additive
-    )
-    scaling = zuko.lazy.UnconditionalTransform(
+    couplings = _flow("NICE", univariate=_shift, shapes=[()])(features, context, layers, width)
+    scale = zuko.lazy.UnconditionalTransform(
         zuko.transforms.MonotonicAffineTransform, torch.zeros(features), torch.zeros(features)
     )
-    return _transform(zuko.lazy.Flow([*flow.transform.transforms, scaling], flow.base))
+    composed: nn.Module = zuko.lazy.LazyComposedTransform(couplings, scale)
+    return composed
+
+
+def _shift(shift: Tensor) -> Any:
+    return import_zuko().transforms.MonotonicAffineTransform(shift, torch.zeros_like(shift))
 
 
 def _dsf(features: int, context: int, layers: int, width: int, sigmoids: int = 8) -> nn.Module:
@@ -165,7 +168,7 @@ FAMILIES: dict[str, Family] = {
     "maf": Family(_flow("MAF")),
     "iaf": Family(_iaf),
     "nice": Family(_nice),
-    "realnvp": Family(_flow("RealNVP")),
+    "realnvp": Family(_flow("NICE")),  # zuko calls affine couplings NICE
     # Increasing functions of each element, with an inverse in closed form
     "nsf": Family(_flow("NSF")),
     "nsf_coupling": Family(_flow("NSF", passes=2)),
