@@ -45,7 +45,8 @@ class ZukoBijection(Bijection):
     or wider. A zuko flow's base is left out: the base here is standard normal, as that of all its
     flows but NCSF and GMM. Both inverses are f's own. Those of NAF, UNAF, SOSPF, BPF and GF are
     found by bisection to 5e-7, and only within [-10, 10] (BPF: within its bound, and exact
-    outside); that of CNF by an ODE solver to its tolerance. That of an autoregressive f takes D
+    outside); that of CNF by an ODE solver to its tolerance. In float32 the tails of GF, whose
+    distribution functions saturate, come back to 1e-3. The inverse of an autoregressive f takes D
     passes, of one element each. Not under ``torch.inference_mode``, as zuko differentiates for
     the log-determinant of some of them.
 
