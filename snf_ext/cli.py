@@ -18,6 +18,7 @@ from torch import Tensor
 from . import models
 from .backend import BACKENDS, use_backend
 from .flow import Flow
+from .models_zuko import autoregressive
 from .training import checkpoint, data, pictures, run
 from .training.angle import mean_angle
 from .training.config import Config, resolve
@@ -25,7 +26,7 @@ from .training.errors import Diverged, UserError, require
 from .training.evaluate import bits_per_dim
 
 # One row a model: what builds it from event_shape, levels, and its own keyword arguments.
-MODELS: dict[str, Callable[..., Flow]] = {"fc": models.fc}
+MODELS: dict[str, Callable[..., Flow]] = {"fc": models.fc, "autoregressive": autoregressive}
 
 SMALL_IMAGE = 256
 
@@ -256,6 +257,8 @@ def build_flow(model: dict[str, Any]) -> Flow:
     settings["event_shape"] = tuple(settings.get("event_shape", ()))
     try:
         return MODELS[name](**settings)
+    except UserError:  # a missing extra: the line says it all
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"the settings of model {name} must fit it; {error}") from error
 

@@ -14,8 +14,8 @@ class Diverged(RuntimeError):
     """Training reached a value that is not finite."""
 
 
-def require(module: str) -> ModuleType:
-    """Import a module of the training extra.
+def require(module: str, extra: str = "train") -> ModuleType:
+    """Import a module of an extra.
 
     Raises:
         UserError: it is not installed; the message has the command that installs it.
@@ -28,5 +28,5 @@ def require(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or module
         raise UserError(
-            f'{missing} is needed here and not installed: pip install "snf_ext[train]"'
+            f'{missing} is needed here and not installed: pip install "snf_ext[{extra}]"'
         ) from error
