@@ -8,7 +8,7 @@ from .adapters.families import FAMILIES
 from .adapters.zuko import ZukoBijection
 from .flow import Flow
 from .layers import Flatten, Normalize
-from .models import preprocessing
+from .layers.preprocessing import preprocessing
 
 LOGIT_SCALE = 4.0
 
@@ -20,7 +20,7 @@ def autoregressive(
     width: int = 64,
     context_features: int = 0,
     *,
-    levels: int = 256,
+    pixel_levels: int = 256,
     recon_weight: float = 0.0,
 ) -> Flow:
     """A flow of zuko behind dequantization, scaling and logit, as the other models have them.
@@ -57,7 +57,7 @@ def autoregressive(
         layers: transforms in the stack; for made and cnf hidden layers.
         width: of hidden layers.
         context_features: C of contexts ``(B, C)``; 0 for none.
-        levels: number of values a pixel can take.
+        pixel_levels: number of values a pixel can take.
         recon_weight: lambda; no layer here has a learned inverse, so it has no effect.
 
     Raises:
@@ -68,7 +68,7 @@ def autoregressive(
     Source: NNN 10.3; the papers that zuko's documentation names.
 
     >>> import torch
-    >>> flow = autoregressive((1, 2, 3), family="nsf", context_features=2, levels=17)
+    >>> flow = autoregressive((1, 2, 3), family="nsf", context_features=2, pixel_levels=17)
     >>> images, context = torch.randint(17, (8, 1, 2, 3)), torch.randn(8, 2)
     >>> flow.log_prob(images, context).shape, flow.sample(8, context).shape
     (torch.Size([8]), torch.Size([8, 1, 2, 3]))
@@ -87,9 +87,9 @@ def autoregressive(
         raise ValueError(f"event_shape must hold at least 2 elements; got {list(event_shape)}")
     lazy = FAMILIES[family].build(features, context_features, layers, width)
     bijections = [
-        *preprocessing(levels),
+        *preprocessing(pixel_levels),
         Normalize(0.0, LOGIT_SCALE),
         Flatten(event_shape),
         ZukoBijection(lazy, features, context_features),
     ]
-    return Flow(bijections, event_shape, recon_weight)
+    return Flow(bijections, event_shape, recon_weight, context_features)

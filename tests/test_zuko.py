@@ -195,7 +195,7 @@ def test_nan_does_not_hang_the_solver():
 @every_family
 def test_a_training_step_and_samples(family, digits):
     """On digits, at the default width, built as the commands build it."""
-    settings = {"event_shape": [1, 8, 8], "levels": 17, "family": family, "layers": 2}
+    settings = {"event_shape": [1, 8, 8], "pixel_levels": 17, "family": family, "layers": 2}
     flow = cli.build_flow({"name": "autoregressive", "settings": settings})
     images = digits.train[:20]
     optimizer = torch.optim.Adam(flow.parameters(), 2e-3)
@@ -223,7 +223,7 @@ def test_a_training_step_and_samples(family, digits):
 
 @every_family
 def test_conditional_model(family):
-    flow = autoregressive((1, 2, 2), family, layers=2, width=16, context_features=C, levels=17)
+    flow = autoregressive((1, 2, 2), family, layers=2, width=16, context_features=C, pixel_levels=17)
     images, context = torch.randint(17, (8, 1, 2, 2)), torch.randn(8, C)
     context.requires_grad_()
     flow.loss(images, context).backward()

@@ -185,3 +185,8 @@ class Logit(Bijection):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"
+
+
+def preprocessing(pixel_levels: int = 256) -> list[Bijection]:
+    """Uniform dequantization, scaling to [0, 1], logit with a = 1e-6 (SNF A.3)."""
+    return [Dequantize(pixel_levels), Normalize(0.0, pixel_levels), Logit(1e-6)]
