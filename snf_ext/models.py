@@ -28,19 +28,19 @@ def fc(
     layers: int = 2,
     linear: str = "self_norm",
     *,
-    levels: int = 256,
+    pixel_levels: int = 256,
     recon_weight: float = 1.0,
 ) -> Flow:
     """The fully connected flow: linear layers with smooth leaky ReLU (0.3) between them.
 
-    On raw images of values 0..levels-1: dequantization, scaling and logit are inside, and their
-    Jacobian is counted.
+    On raw images of values 0..pixel_levels-1: dequantization, scaling and logit are inside, and
+    their Jacobian is counted.
 
     Args:
         event_shape: of one image.
         layers: number of linear layers.
         linear: ``"self_norm"`` or ``"exact"``.
-        levels: number of values a pixel can take.
+        pixel_levels: number of values a pixel can take.
         recon_weight: lambda.
 
     Raises:
@@ -56,7 +56,7 @@ def fc(
     if layers < 1:
         raise ValueError(f"layers must be at least 1; got {layers}")
     features = math.prod(event_shape)
-    bijections = [*preprocessing(levels), Flatten(event_shape)]
+    bijections = [*preprocessing(pixel_levels), Flatten(event_shape)]
     for index in range(layers):
         if index:
             bijections.append(SmoothLeakyReLU(0.3))
@@ -64,6 +64,6 @@ def fc(
     return Flow(bijections, event_shape, recon_weight)
 
 
-def preprocessing(levels: int = 256) -> list[Bijection]:
+def preprocessing(pixel_levels: int = 256) -> list[Bijection]:
     """Uniform dequantization, scaling to [0, 1], logit with a = 1e-6 (SNF A.3)."""
-    return [Dequantize(levels), Normalize(0.0, levels), Logit(1e-6)]
+    return [Dequantize(pixel_levels), Normalize(0.0, pixel_levels), Logit(1e-6)]

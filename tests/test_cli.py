@@ -133,7 +133,7 @@ def test_the_models_own_arguments(capsys):
     model = checkpoint.load(Path("a/best.pt"))["model"]
     assert model["settings"] == {
         "event_shape": (1, 8, 8),
-        "levels": 17,
+        "pixel_levels": 17,
         "layers": 3,
         "linear": "exact",
     }
@@ -301,7 +301,7 @@ def test_data_that_do_not_fit_the_checkpoint(trained, capsys, monkeypatch):
 
     images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
     other = data.Dataset("mnist", images, images, images, (1, 28, 28), 256)
-    monkeypatch.setitem(data.LOADERS, "mnist", lambda folder: other)
+    monkeypatch.setitem(data.LOADERS, "mnist", lambda folder, labels: other)
     run("evaluate", "--checkpoint", trained[0] / "best.pt", "--data", "mnist", status=2)
     assert "must have events (1, 8, 8) of 17 levels" in one_line(capsys)
 

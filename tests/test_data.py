@@ -79,7 +79,7 @@ def test_missing_idx(tmp_path):
 def test_mnist_split(tmp_path):
     first, second = write_mnist(tmp_path, 12, 4)
     mnist = data.load_mnist(tmp_path, train=10, val=2, test=4)
-    assert (mnist.event_shape, mnist.levels, mnist.name) == ((1, 28, 28), 256, "mnist")
+    assert (mnist.event_shape, mnist.pixel_levels, mnist.name) == ((1, 28, 28), 256, "mnist")
     assert torch.equal(mnist.train, first[:10, None])
     assert torch.equal(mnist.val, first[10:, None])
     assert torch.equal(mnist.test, second[:, None])
@@ -116,7 +116,7 @@ def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
     digits = data.load("digits")
-    assert (digits.event_shape, digits.levels) == ((1, 8, 8), 17)
+    assert (digits.event_shape, digits.pixel_levels) == ((1, 8, 8), 17)
     assert digits.train.dtype == torch.uint8
     together = torch.cat([digits.train, digits.val, digits.test]).flatten(1).numpy()
     expected = load_digits().data
@@ -138,7 +138,7 @@ def test_digits_split_is_fixed():
 
 
 def test_unknown_name():
-    with pytest.raises(UserError, match="data must be one of digits, mnist; got 'cifar'"):
+    with pytest.raises(UserError, match="data must be one of digits, mnist, images; got 'cifar'"):
         data.load("cifar")
 
 

@@ -70,7 +70,7 @@ def test_bits_of_a_uniform_density_count_the_levels():
 
 
 def test_measuring_repeats_and_leaves_no_trace():
-    flow = snf_ext.models.fc(SHAPE, levels=17).train()
+    flow = snf_ext.models.fc(SHAPE, pixel_levels=17).train()
     x = images(600)  # two batches
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -191,7 +191,7 @@ def test_angle_of_a_convolution_against_the_dense_jacobian():
 
 
 def test_angle_leaves_the_flow_alone():
-    flow = snf_ext.models.fc(SHAPE, levels=17).eval().requires_grad_(False)
+    flow = snf_ext.models.fc(SHAPE, pixel_levels=17).eval().requires_grad_(False)
     before = {k: v.clone() for k, v in flow.state_dict().items()}
     gradient_angle(flow, images(5))
     for name, value in flow.state_dict().items():

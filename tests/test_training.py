@@ -32,7 +32,7 @@ CONFIG = Config("fc", "noise", 5, 8, 1e-2, 1.0, warmup_epochs=2, clip_norm=100.0
 def trainer(folder, config=CONFIG, data=DATA):
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    flow = snf_ext.models.fc(SHAPE, levels=17)
+    flow = snf_ext.models.fc(SHAPE, pixel_levels=17)
     return Trainer(flow, {"name": "fc", "settings": {}}, data, config, folder, progress=False)
 
 
@@ -132,20 +132,24 @@ def test_paper_settings_for_mnist():
     assert chosen == (100, 1e-4, 1.0, 10.0)
 
 
+def whole_epoch(batches, number):
+    return torch.cat([batch.images for batch in batches.epoch(number)])
+
+
 def test_batches_cover_each_epoch_in_an_order_of_its_own():
     batches = Batches(torch.arange(50), 8, seed=3, shuffle=True)
     assert len(batches) == 7
     stream = batches.stream(1)
-    epochs = [torch.cat([next(stream) for _ in range(7)]) for _ in range(3)]
+    epochs = [torch.cat([next(stream).images for _ in range(7)]) for _ in range(3)]
     for epoch in epochs:
         assert torch.equal(epoch.sort().values, torch.arange(50))
     assert not torch.equal(epochs[0], epochs[1])
-    assert torch.equal(torch.cat(list(batches.epoch(3))), epochs[2])
-    assert [len(batch) for batch in batches.epoch(1)] == [8] * 6 + [2]
+    assert torch.equal(whole_epoch(batches, 3), epochs[2])
+    assert [len(batch.images) for batch in batches.epoch(1)] == [8] * 6 + [2]
     other = Batches(torch.arange(50), 8, seed=4, shuffle=True)
-    assert not torch.equal(torch.cat(list(other.epoch(1))), epochs[0])
+    assert not torch.equal(whole_epoch(other, 1), epochs[0])
     straight = Batches(torch.arange(50), 8, seed=3, shuffle=False)
-    assert torch.equal(torch.cat(list(straight.epoch(2))), torch.arange(50))
+    assert torch.equal(whole_epoch(straight, 2), torch.arange(50))
 
 
 def test_seeds_are_of_their_parts_alone():
@@ -179,7 +183,7 @@ def test_the_loop_is_plain_adam(tmp_path):
     run = new_run(tmp_path, config)
     run.fit()
     torch.manual_seed(0)
-    flow = snf_ext.models.fc(SHAPE, levels=17).train()
+    flow = snf_ext.models.fc(SHAPE, pixel_levels=17).train()
     optimizer = torch.optim.Adam(flow.parameters(), betas=(0.9, 0.999))
     step = 0
     for epoch in (1, 2):
@@ -188,7 +192,7 @@ def test_the_loop_is_plain_adam(tmp_path):
             step += 1
             optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, step / 14)
             optimizer.zero_grad()
-            flow.loss(batch).backward()
+            flow.loss(*batch).backward()
             optimizer.step()
     for name, value in run.flow.state_dict().items():
         torch.testing.assert_close(value, flow.state_dict()[name], rtol=1e-4, atol=1e-6)
@@ -206,7 +210,7 @@ def test_history_and_best(whole):
     lowest = min(history, key=lambda row: row["val_nll"])
     assert (best["epoch"], best["val_nll"]) == (lowest["epoch"], lowest["val_nll"])
     assert last["best"] == {"epoch": lowest["epoch"], "val_nll": lowest["val_nll"]}
-    flow = snf_ext.models.fc(SHAPE, levels=17)
+    flow = snf_ext.models.fc(SHAPE, pixel_levels=17)
     checkpoint.load_weights(flow, best, whole / "best.pt")
     nll = evaluate.negative_log_likelihood(flow, DATA.val, CONFIG.seed).mean().item()
     assert nll == pytest.approx(lowest["val_nll"], rel=1e-9)
@@ -306,9 +310,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     run = new_run(tmp_path)
     loss, calls = run.flow.loss, []
 
-    def overflow(x, context=None):
+    def overflow(x, context=None, **options):
         calls.append(1)
-        return loss(x) * (float("inf") if len(calls) == 10 else 1.0)
+        return loss(x, context, **options) * (float("inf") if len(calls) == 10 else 1.0)
 
     monkeypatch.setattr(run.flow, "loss", overflow)
     message = (
