@@ -41,11 +41,11 @@ def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
     numpy = require("numpy")
     damaged = (BadZipFile, zlib.error, EOFError, ValueError, MemoryError, NotImplementedError)
     try:
-        with numpy.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise UserError(f"{path} must be an .npz file of several arrays; got a single one")
-            missing = [name for name in names if name not in file.files]
-            if missing:
+        file = numpy.load(path, allow_pickle=False)
+        if not hasattr(file, "files"):
+            raise UserError(f"{path} must be an .npz file of several arrays; got a single one")
+        with file:
+            if missing := [name for name in names if name not in file.files]:
                 raise UserError(
                     f"{path} must hold the arrays {', '.join(names)}; it lacks {', '.join(missing)}"
                 )
