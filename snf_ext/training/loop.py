@@ -109,6 +109,7 @@ class Trainer:
         shown = list(islice(self.batches.stream(1), self.config.actnorm_batches))
         images = [batch.images for batch in shown]
         contexts = [batch.context for batch in shown] if self.flow.context_features else None
+        self.flow.train()
         with seeded(self.device, self.config.seed, "actnorm"):
             import_module("snf_ext.layers.actnorm").initialize(self.flow, images, contexts)
 
