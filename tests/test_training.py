@@ -4,14 +4,19 @@ import json
 import math
 import os
 import signal
+import sys
+import types
+from dataclasses import replace
 
 import pytest
+import small_flows
 import torch
 
 import snf_ext
 from snf_ext.training import checkpoint, evaluate
 from snf_ext.training.batches import Batches
-from snf_ext.training.config import Config, resolve
+from snf_ext.training.config import DEFAULTS, Config, resolve
+from snf_ext.training.context import context_of, rows_of_classes
 from snf_ext.training.data import Dataset
 from snf_ext.training.errors import Diverged, UserError
 from snf_ext.training.loop import Trainer
@@ -109,6 +114,11 @@ def whole(tmp_path_factory):
         ("warmup_epochs", float("inf"), "finite, not negative"),
         ("clip_norm", 0.0, "positive"),
         ("angle_every", -1, "at least 0"),
+        ("optimizer", "sgd", "one of adam, radam"),
+        ("objective", "bytes", "one of nats, bits"),
+        ("log_det_penalty", -1e-5, "finite, not negative"),
+        ("log_det_penalty", float("nan"), "finite, not negative"),
+        ("actnorm_batches", 0, "at least 1"),
     ],
 )
 def test_settings_out_of_range(name, value, rule):
@@ -126,10 +136,42 @@ def test_settings_of_a_resumed_run():
         Config.from_dict(CONFIG.to_dict() | {"colour": "red"})
 
 
-def test_paper_settings_for_mnist():
-    config = resolve({"model": "fc", "data": "mnist"})
-    chosen = (config.batch_size, config.lr, config.recon_weight, config.warmup_epochs)
-    assert chosen == (100, 1e-4, 1.0, 10.0)
+@pytest.mark.parametrize(
+    ("model", "data", "lr", "recon_weight", "clip_norm"),
+    [
+        ("fc", "mnist", 1e-4, 1.0, None),
+        ("conv", "mnist", 1e-3, 1.0, None),
+        ("glow", "mnist", 1e-3, 100.0, None),
+        ("glow", "images", 1e-3, 1000.0, 10_000.0),
+    ],
+)
+def test_paper_settings(model, data, lr, recon_weight, clip_norm):
+    """SNF A.3."""
+    config = resolve({"model": model, "data": data})
+    assert (config.batch_size, config.warmup_epochs, config.optimizer) == (100, 10.0, "adam")
+    assert (config.lr, config.recon_weight, config.clip_norm) == (lr, recon_weight, clip_norm)
+    assert (config.objective, config.log_det_penalty) == ("nats", 0.0)
+
+
+def test_every_model_has_settings_for_every_data_set():
+    from snf_ext.training.data import LOADERS
+
+    for data in LOADERS:
+        for model in ("fc", "conv", "glow", "one of another package"):
+            assert resolve({"model": model, "data": data}).data == data
+    assert {data for _, data in DEFAULTS} <= set(LOADERS)
+
+
+def test_arguments_of_the_model_add_to_its_defaults():
+    usual = resolve({"model": "glow", "data": "digits"}).model_args
+    assert usual == {"levels": 2, "steps": 4, "width": 16}
+    asked = {"steps": 3, "mixing": "lu"}
+    config = resolve({"model": "glow", "data": "digits", "model_args": asked})
+    assert config.model_args == {"levels": 2, "steps": 3, "width": 16, "mixing": "lu"}
+    assert resolve({"model_args": {"steps": 3}}, config) == config
+    with pytest.raises(UserError, match=r"model_args must stay .*'steps': 3.*; got .*'steps': 4"):
+        resolve({"model_args": {"steps": 4}}, config)
+    assert resolve({"model": "glow", "data": "digits"}).model_args == usual
 
 
 def whole_epoch(batches, number):
@@ -177,25 +219,50 @@ def test_learning_rate_and_clipping_of_each_step(tmp_path):
     assert [row["lr"] for row in run.history] == pytest.approx([0.0, 5e-3, 1e-2, 1e-2])
 
 
-def test_the_loop_is_plain_adam(tmp_path):
+RECIPES = {
+    "adam": ({}, lambda p: torch.optim.Adam(p, betas=(0.9, 0.999)), 1.0),
+    "radam": ({"optimizer": "radam"}, lambda p: torch.optim.RAdam(p, betas=(0.9, 0.999)), 1.0),
+    "bits": (
+        {"objective": "bits"},
+        lambda p: torch.optim.Adam(p, betas=(0.9, 0.999)),
+        1 / (6 * math.log(2)),
+    ),
+    "penalty": ({"log_det_penalty": 0.3}, lambda p: torch.optim.Adam(p, betas=(0.9, 0.999)), 1.0),
+}
+
+
+@pytest.mark.parametrize(("settings", "make", "unit"), RECIPES.values(), ids=RECIPES)
+def test_the_loop_is_plain_optimization(tmp_path, settings, make, unit):
     """The loop's weights are those of the same steps written out."""
-    config = Config.from_dict(CONFIG.to_dict() | {"epochs": 2, "clip_norm": None})
+    config = replace(CONFIG, epochs=2, clip_norm=None, **settings)
     run = new_run(tmp_path, config)
     run.fit()
     torch.manual_seed(0)
     flow = snf_ext.models.fc(SHAPE, pixel_levels=17).train()
-    optimizer = torch.optim.Adam(flow.parameters(), betas=(0.9, 0.999))
-    step = 0
+    optimizer = make(flow.parameters())
+    linear = [layer for layer in flow.bijections if isinstance(layer, snf_ext.SelfNormLinear)]
+    step, losses = 0, []
     for epoch in (1, 2):
         torch.manual_seed(derive_seed(7, "epoch", epoch))
         for batch in Batches(DATA.train, 8, 7, True).epoch(epoch):
             step += 1
             optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, step / 14)
             optimizer.zero_grad()
-            flow.loss(*batch).backward()
+            loss = unit * flow.loss(batch.images)
+            if config.log_det_penalty:
+                # Its gradient, 2 log|det| R', is by the learned inverse, as the likelihood's.
+                for layer in linear:
+                    log_det = torch.linalg.slogdet(layer.weight.detach().double()).logabsdet
+                    surrogate = (layer.weight * layer.weight_inv.detach().T).sum()
+                    surrogate = surrogate - (layer.weight_inv * layer.weight.detach().T).sum()
+                    loss = loss + 0.3 * log_det.float() * (surrogate - surrogate.detach())
+                    loss = loss + 0.3 * log_det.float().square()
+            loss.backward()
+            losses.append(loss.item() * len(batch.images))
             optimizer.step()
     for name, value in run.flow.state_dict().items():
         torch.testing.assert_close(value, flow.state_dict()[name], rtol=1e-4, atol=1e-6)
+    assert run.history[2]["train_loss"] == pytest.approx(sum(losses[7:]) / 50, rel=1e-5)
 
 
 # ---- runs that end, and runs that go on
@@ -358,3 +425,178 @@ def test_progress_without_a_terminal(tmp_path, capfd):
     assert len(lines) == 5
     assert lines[-1].startswith("epoch 5/5  loss ")
     assert f"val_nats {run.history[-1]['val_nll']:.4g}" in lines[-1]
+
+
+# ---- labels
+
+
+def labelled(count, seed):
+    """Images whose first pixel is their class."""
+    x = images(count, seed)
+    labels = x[:, 0, 0, 0].long() % 3
+    x[:, 0, 0, 0] = labels.byte()
+    return x, labels
+
+
+SPLITS = [labelled(50, 1), labelled(20, 2), labelled(20, 3)]
+LABELLED = Dataset(
+    "classes", *(x for x, _ in SPLITS), SHAPE, 17, *(labels for _, labels in SPLITS), 3
+)
+
+
+def conditional_run(folder, config=CONFIG, data=LABELLED):
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    run = Trainer(small_flows.conditional(), {"name": "c", "settings": {}}, data, config, folder)
+    run.progress = False
+    return run
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_labels_travel_with_their_images(tmp_path, shuffle):
+    run = conditional_run(tmp_path, replace(CONFIG, epochs=2, shuffle=shuffle))
+    run.begin()
+    seen, loss = [], run.flow.loss
+
+    def look(x, context=None, **options):
+        assert context.shape == (len(x), 3)
+        assert context.dtype == torch.float32
+        assert torch.equal(context.argmax(1), x[:, 0, 0, 0].long())
+        assert torch.equal(context.sum(1), torch.ones(len(x)))
+        seen.append(x)
+        return loss(x, context, **options)
+
+    run.flow.loss = look
+    run.fit()
+    assert len(torch.cat(seen)) == 100
+    assert torch.equal(torch.cat(seen[:7]), LABELLED.train) is not shuffle
+
+
+def test_a_conditional_run_learns_from_the_classes(tmp_path):
+    """The first pixel is the class: knowing it is worth bits."""
+    run = conditional_run(tmp_path / "right", replace(CONFIG, epochs=30, angle_every=0, lr=5e-2))
+    run.begin()
+    run.fit()
+    turned = replace(LABELLED, val_labels=(LABELLED.val_labels + 1) % 3)
+    wrong = conditional_run(tmp_path / "wrong", data=turned)
+    wrong.flow.load_state_dict(run.flow.state_dict())
+    context = context_of(run.flow, LABELLED.val_labels)
+    nll = evaluate.negative_log_likelihood(run.flow, LABELLED.val, 7, context).mean().item()
+    assert run.history[-1]["val_nll"] == pytest.approx(nll, rel=1e-9)
+    row = {"epoch": 0, "step": 0}
+    wrong._measure(row)
+    assert row["val_nll"] > nll + 1
+
+
+def test_a_conditional_run_resumes_bit_for_bit(tmp_path):
+    settings = {"optimizer": "radam", "objective": "bits", "log_det_penalty": 1e-3}
+    config = replace(CONFIG, conditional=True, **settings)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run = conditional_run(whole, config)
+    run.begin()
+    assert run.fit()
+    run = conditional_run(cut, replace(config, epochs=2))
+    run.begin()
+    assert run.fit()
+    run = conditional_run(cut, config)
+    torch.manual_seed(123456)
+    run.resume(checkpoint.load(cut / "last.pt", resume=True), cut / "last.pt")
+    assert run.fit()
+    same_run(whole, cut)
+    assert checkpoint.load(cut / "last.pt")["config"]["optimizer"] == "radam"
+
+
+def test_context_of_labels():
+    flow = small_flows.conditional().double()
+    context = context_of(flow, torch.tensor([2, 0]))
+    assert context.dtype == torch.float64
+    assert context.tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert context_of(snf_ext.models.fc(SHAPE), torch.tensor([2, 0])) is None
+    with pytest.raises(UserError, match="labels must be given: the flow takes 3 classes"):
+        context_of(flow, None)
+    for bad in ([0, 3], [-1, 1]):
+        with pytest.raises(
+            UserError, match=rf"labels must lie in 0\.\.2; got {bad[0]}\.\.{bad[1]}"
+        ):
+            context_of(flow, torch.tensor(bad))
+
+
+def test_one_row_a_class():
+    labels, columns = rows_of_classes(64, 10)
+    assert columns == 7
+    assert len(labels) == 64
+    assert all(len(set(row.tolist())) == 1 for row in labels.split(columns))
+    assert labels.unique().tolist() == list(range(10))
+    labels, columns = rows_of_classes(3, 10)
+    assert (labels.tolist(), columns) == ([0, 1, 2], 1)
+
+
+# ---- layers that initialise by the data
+
+
+class Centre(snf_ext.Bijection):
+    """Subtracts the mean of the batches that ``initialize`` shows it; stands in for actnorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.nn.Parameter(torch.zeros(6))
+        self.register_buffer("shown", torch.zeros(()))
+
+    @property
+    def initialized(self):
+        return bool(self.shown)
+
+    def forward(self, x, context=None):
+        assert self.initialized
+        return snf_ext.FlowStep(x - self.mean, x.new_zeros(len(x)), x.new_zeros(len(x)))
+
+    def inverse(self, z, context=None, exact=False):
+        return z + self.mean
+
+
+@pytest.mark.parametrize(("count", "conditional"), [(1, False), (3, False), (9, True)])
+def test_first_batches_initialise_before_anything_is_measured(
+    tmp_path, monkeypatch, count, conditional
+):
+    calls = []
+
+    def initialize(flow, batches, context=None):
+        assert flow.training
+        calls.append((batches, context, torch.rand(1).item()))
+        layer = next(module for module in flow.modules() if isinstance(module, Centre))
+        layer.mean.data += torch.cat([x.flatten(1) for x in batches]).float().mean(0)
+        layer.shown += 1
+
+    fake = types.ModuleType("snf_ext.layers.actnorm")
+    fake.initialize = initialize
+    monkeypatch.setitem(sys.modules, "snf_ext.layers.actnorm", fake)
+    config = replace(CONFIG, epochs=2, actnorm_batches=count, angle_every=0)
+
+    def make(folder):
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        layers = [snf_ext.Dequantize(17), snf_ext.Flatten(SHAPE), small_flows.Nest([Centre()])]
+        if conditional:
+            layers.append(small_flows.ContextAffine(6, 3))
+        flow = snf_ext.Flow(layers, SHAPE, context_features=3 * conditional)
+        return Trainer(flow, {"name": "c", "settings": {}}, LABELLED, config, folder, False)
+
+    torch.manual_seed(1)
+    run = make(tmp_path / "a")
+    run.begin()
+    batches, context, _ = calls[0]
+    stream = Batches(LABELLED.train, 8, 7, True, torch.eye(3)[LABELLED.train_labels]).stream(1)
+    for index, x in enumerate(batches):
+        batch = next(stream)
+        assert torch.equal(x, batch.images)
+        assert torch.equal(context[index], batch.context) if conditional else context is None
+    assert len(batches) == count
+    first = checkpoint.load(tmp_path / "a" / "last.pt")["state"]
+    assert first["bijections.2.rest.0.shown"] == 1
+    assert run.fit()
+    again = make(tmp_path / "a")
+    again.resume(checkpoint.load(tmp_path / "a" / "last.pt", resume=True), tmp_path)
+    assert len(calls) == 1  # never again
+    torch.manual_seed(2)  # whatever came before must not matter
+    make(tmp_path / "b").begin()
+    assert calls[0][2] == calls[1][2]
