@@ -14,8 +14,8 @@ import pytest
 import small_flows
 import torch
 
-from snf_ext import cli
-from snf_ext.training import checkpoint, loop
+from snf_ext import SelfNormConv2d, cli, models
+from snf_ext.training import angle, checkpoint, loop
 
 PNG = b"\x89PNG\r\n\x1a\n"
 QUICK = ["train", "--model", "fc", "--no-progress", "--angle-every", "0"]
@@ -310,6 +310,22 @@ def test_more_classes_than_the_checkpoint_knows(classes, capsys, monkeypatch):
     assert "data must have at most 10 classes, as the checkpoint's model; digits has 11" in (
         one_line(capsys)
     )
+
+
+def test_angles_that_are_not_measured_are_told(capsys, monkeypatch):
+    def pixels(event_shape, *, pixel_levels=256):
+        layers = [*models.preprocessing(pixel_levels), SelfNormConv2d(1, 3)]
+        return cli.Flow(layers, event_shape)
+
+    monkeypatch.setattr(angle, "MAX_DENSE", 63)
+    monkeypatch.setitem(cli.MODELS, "pixels", pixels)
+    options = {"limit_train": 50, "run_dir": Path("a"), "progress": False}
+    cli.train(cli.Train(model="pixels", epochs=1, **options))
+    note = "no gradient angle for 1 convolutions: their matrices have up to 64 rows, more than 63"
+    assert one_line(capsys) == note
+    assert json.loads(Path("a/result.json").read_text())["angle"] is None
+    run("evaluate", "--checkpoint", "a/best.pt")
+    assert one_line(capsys) == note
 
 
 def test_images_of_ones_own(tmp_path, capsys):

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import sys
-import types
 from dataclasses import replace
 
 import pytest
@@ -534,69 +532,57 @@ def test_one_row_a_class():
 # ---- layers that initialise by the data
 
 
-class Centre(snf_ext.Bijection):
-    """Subtracts the mean of the batches that ``initialize`` shows it; stands in for actnorm."""
-
-    def __init__(self):
-        super().__init__()
-        self.mean = torch.nn.Parameter(torch.zeros(6))
-        self.register_buffer("shown", torch.zeros(()))
-
-    @property
-    def initialized(self):
-        return bool(self.shown)
-
-    def forward(self, x, context=None):
-        assert self.initialized
-        return snf_ext.FlowStep(x - self.mean, x.new_zeros(len(x)), x.new_zeros(len(x)))
-
-    def inverse(self, z, context=None, exact=False):
-        return z + self.mean
-
-
-@pytest.mark.parametrize(("count", "conditional"), [(1, False), (3, False), (9, True)])
-def test_first_batches_initialise_before_anything_is_measured(
-    tmp_path, monkeypatch, count, conditional
-):
-    calls = []
-
-    def initialize(flow, batches, context=None):
-        assert flow.training
-        calls.append((batches, context, torch.rand(1).item()))
-        layer = next(module for module in flow.modules() if isinstance(module, Centre))
-        layer.mean.data += torch.cat([x.flatten(1) for x in batches]).float().mean(0)
-        layer.shown += 1
-
-    fake = types.ModuleType("snf_ext.layers.actnorm")
-    fake.initialize = initialize
-    monkeypatch.setitem(sys.modules, "snf_ext.layers.actnorm", fake)
+def actnorm_run(folder, count):
+    """Raw pixels / 17, a conditional layer that does nothing yet, then actnorm in a nest."""
+    folder.mkdir(exist_ok=True)
+    layers = [
+        snf_ext.Normalize(0.0, 17.0),
+        snf_ext.Flatten(SHAPE),
+        small_flows.ContextAffine(6, 3),
+        small_flows.Nest([snf_ext.ActNorm(6)]),
+    ]
+    flow = snf_ext.Flow(layers, SHAPE, context_features=3)
     config = replace(CONFIG, epochs=2, actnorm_batches=count, angle_every=0)
+    return Trainer(flow, {"name": "c", "settings": {}}, LABELLED, config, folder, False)
 
-    def make(folder):
-        folder.mkdir(exist_ok=True)
-        torch.manual_seed(0)
-        layers = [snf_ext.Dequantize(17), snf_ext.Flatten(SHAPE), small_flows.Nest([Centre()])]
-        if conditional:
-            layers.append(small_flows.ContextAffine(6, 3))
-        flow = snf_ext.Flow(layers, SHAPE, context_features=3 * conditional)
-        return Trainer(flow, {"name": "c", "settings": {}}, LABELLED, config, folder, False)
 
-    torch.manual_seed(1)
-    run = make(tmp_path / "a")
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_first_batches_initialise_before_anything_is_measured(tmp_path, count):
+    run = actnorm_run(tmp_path, count)
+    with torch.no_grad():  # each class has its own shift, so that contexts matter
+        run.flow.bijections[2].shift += torch.arange(3.0)[:, None]
     run.begin()
-    batches, context, _ = calls[0]
-    stream = Batches(LABELLED.train, 8, 7, True, torch.eye(3)[LABELLED.train_labels]).stream(1)
-    for index, x in enumerate(batches):
-        batch = next(stream)
-        assert torch.equal(x, batch.images)
-        assert torch.equal(context[index], batch.context) if conditional else context is None
-    assert len(batches) == count
-    first = checkpoint.load(tmp_path / "a" / "last.pt")["state"]
-    assert first["bijections.2.rest.0.shown"] == 1
-    assert run.fit()
-    again = make(tmp_path / "a")
-    again.resume(checkpoint.load(tmp_path / "a" / "last.pt", resume=True), tmp_path)
-    assert len(calls) == 1  # never again
-    torch.manual_seed(2)  # whatever came before must not matter
-    make(tmp_path / "b").begin()
-    assert calls[0][2] == calls[1][2]
+    stream = Batches(LABELLED.train, 8, 7, True, LABELLED.train_labels).stream(1)
+    shown = [next(stream) for _ in range(count)]
+    seen = torch.cat([x.flatten(1).double() / 17 - c[:, None] for x, c in shown])
+    std = seen.std(0, correction=0)
+    assert len(seen) == {1: 8, 3: 24, 9: 50 + 16}[count]
+    state = checkpoint.load(tmp_path / "last.pt")["state"]
+    for content in (state, run.flow.state_dict()):
+        shift, log_scale = (content[f"bijections.3.rest.0.{n}"] for n in ("shift", "log_scale"))
+        torch.testing.assert_close(shift.double(), seen.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(log_scale.double().exp(), std, rtol=1e-4, atol=1e-5)
+    x = LABELLED.val.flatten(1).double() / 17 - LABELLED.val_labels[:, None]
+    z = (x - seen.mean(0)) / std
+    log_prob = -0.5 * z.square().sum(1) - std.log().sum() - 6 * math.log(17)
+    nll = 3 * math.log(2 * math.pi) - log_prob.mean().item()
+    assert run.history[0]["val_nll"] == pytest.approx(nll, rel=1e-4)
+
+
+def test_initialisation_draws_numbers_of_its_own_and_happens_once(tmp_path):
+    states = []
+    for seed in (1, 2):  # whatever came before must not matter
+        torch.manual_seed(0)
+        flow = snf_ext.Flow(
+            [snf_ext.Dequantize(17), snf_ext.Flatten(SHAPE), snf_ext.ActNorm(6)], SHAPE
+        )
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        run = Trainer(flow, {"name": "c", "settings": {}}, DATA, CONFIG, folder, False)
+        torch.manual_seed(seed)
+        run.begin()
+        states.append({name: value.clone() for name, value in flow.state_dict().items()})
+    assert_same(*states)
+    flow.bijections[2].shift.data += 1
+    run.begin()  # what is initialised stays
+    torch.testing.assert_close(flow.bijections[2].shift, states[1]["bijections.2.shift"] + 1)

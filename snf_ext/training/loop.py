@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ..flow import Flow
+from ..layers.actnorm import ActNorm, initialize
 from . import checkpoint
 from .angle import gradient_angle, mean_angle
 from .batches import Batch, Batches
@@ -104,14 +104,15 @@ class Trainer:
         Before the first measurement, which runs in evaluation mode, so that it and all
         checkpoints are of the flow that training starts from.
         """
-        if all(getattr(module, "initialized", True) for module in self.flow.modules()):
+        layers = [module for module in self.flow.modules() if isinstance(module, ActNorm)]
+        if all(layer.initialized for layer in layers):
             return
         shown = list(islice(self.batches.stream(1), self.config.actnorm_batches))
         images = [batch.images for batch in shown]
-        contexts = [batch.context for batch in shown] if self.flow.context_features else None
+        contexts = [batch.context for batch in shown if batch.context is not None] or None
         self.flow.train()
         with seeded(self.device, self.config.seed, "actnorm"):
-            import_module("snf_ext.layers.actnorm").initialize(self.flow, images, contexts)
+            initialize(self.flow, images, contexts)
 
     def resume(self, content: dict[str, Any], path: Path) -> None:
         """Go on from ``content``, read from ``path`` with ``checkpoint.load(path, resume=True)``.
