@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,22 +241,31 @@ def test_the_settings_of_stabilised_training(capsys):
     assert history[1]["train_loss"] < 8  # bits/dim, where nats would be over 100
 
 
+@pytest.fixture(scope="module")
+def class_run(tmp_path_factory):
+    """A run of a conditional model on 50 digits."""
+    folder = tmp_path_factory.mktemp("classes") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cli.MODELS, "classes", small_flows.conditional)
+        options = cli.Train(
+            model="classes",
+            model_args=("width=2",),
+            conditional=True,
+            epochs=2,
+            limit_train=50,
+            run_dir=folder,
+            angle_every=0,
+            progress=False,
+        )
+        cli.train(options)
+    return folder
+
+
 @pytest.fixture
-def classes(monkeypatch):
-    """A conditional model in the table, and a run of it on 50 digits."""
+def classes(class_run, monkeypatch):
+    """Its checkpoint, with the model in the table."""
     monkeypatch.setitem(cli.MODELS, "classes", small_flows.conditional)
-    options = cli.Train(
-        model="classes",
-        model_args=("width=2",),
-        conditional=True,
-        epochs=2,
-        limit_train=50,
-        run_dir=Path("a"),
-        angle_every=0,
-        progress=False,
-    )
-    cli.train(options)
-    return Path("a/best.pt")
+    return class_run / "best.pt"
 
 
 def test_conditional_runs(classes, capsys):
@@ -266,10 +276,11 @@ def test_conditional_runs(classes, capsys):
         "context_features": 10,
         "width": 2.0,
     }
-    test = json.loads(Path("a/result.json").read_text())["test"]
+    test = json.loads((classes.parent / "result.json").read_text())["test"]
     capsys.readouterr()
     run("evaluate", "--checkpoint", classes)
     assert capsys.readouterr().out.startswith(f"test NLL: {test['nll']:.2f} nats")
+    shutil.copytree(classes.parent, "a")
     run("train", "--resume", "--run-dir", "a", "--epochs", "3", "--no-progress")
     assert checkpoint.load(Path("a/last.pt"))["epoch"] == 3
 
