@@ -18,26 +18,40 @@ from torch import Tensor
 from . import models
 from .backend import BACKENDS, use_backend
 from .flow import Flow
-from .models_zuko import autoregressive
 from .training import checkpoint, data, pictures, run
-from .training.angle import mean_angle
-from .training.config import Config, resolve
+from .training.angle import left_out, mean_angle
+from .training.arguments import keyword_arguments
+from .training.config import OBJECTIVES, Config, resolve
+from .training.context import context_of
 from .training.errors import Diverged, UserError, require
 from .training.evaluate import bits_per_dim
+from .training.optimizers import OPTIMIZERS
 
-# One row a model: what builds it from event_shape, levels, and its own keyword arguments.
-MODELS: dict[str, Callable[..., Flow]] = {"fc": models.fc, "autoregressive": autoregressive}
+# One row a model: what builds it from event_shape, pixel_levels, and its own keyword arguments.
+MODELS: dict[str, Callable[..., Flow]] = {
+    "fc": models.fc,
+    "conv": models.conv,
+    "glow": models.glow,
+    "autoregressive": models.autoregressive,
+}
 
+CONTEXT = "context_features"
+# Arguments of a model that the data and other options decide.
+DECIDED = ("event_shape", "pixel_levels", "recon_weight", CONTEXT)
 SMALL_IMAGE = 256
 
 if TYPE_CHECKING:
     ModelName: TypeAlias = str
     DataName: TypeAlias = str
     BackendName: TypeAlias = str
+    OptimizerName: TypeAlias = str
+    ObjectiveName: TypeAlias = str
 else:  # the choices that the help lists
     ModelName = Literal[tuple(MODELS)]
     DataName = Literal[tuple(data.LOADERS)]
     BackendName = Literal[BACKENDS]
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
+    ObjectiveName = Literal[OBJECTIVES]
 
 
 @dataclass(frozen=True)
@@ -45,8 +59,9 @@ class Train:
     """Train a flow; ends with its exact test likelihood, a checkpoint, a log and pictures.
 
     With no settings but the model it trains on scikit-learn's handwritten digits in less
-    than a minute. A setting that is not given takes the default for the data (MNIST: the paper's)
-    or, with --resume, the earlier run's.
+    than a minute. A setting that is not given takes the default for the model and the data (those
+    of the paper but for the epochs, and quick ones for digits) or, with --resume, the earlier
+    run's.
     """
 
     model: ModelName | None = None
@@ -56,21 +71,35 @@ class Train:
     data: DataName | None = None
     """Images to train on; digits if not given."""
     data_dir: Path | None = None
-    """Folder of the IDX files, for --data mnist."""
+    """For --data mnist the folder of the IDX files; for --data images an .npz file with train_x,
+    test_x (N, H, W, C) uint8 and train_y, test_y, or its folder."""
     limit_train: int | None = None
     """Use only the first N training images."""
     epochs: int | None = None
-    """Epochs to train; digits 400, mnist 100 (the paper's fc: 6000)."""
+    """Epochs to train; fc on digits 400, otherwise 100 (the paper's fc: 6000, conv: 1000, glow:
+    250)."""
     batch_size: int | None = None
     """Images a step; 100."""
     lr: float | None = None
-    """Adam's learning rate; digits 1e-3, mnist 1e-4."""
+    """Learning rate; 1e-3, fc on other data than digits 1e-4."""
     recon_weight: float | None = None
-    """Weight lambda of the reconstruction penalty; digits 10, mnist 1."""
+    """Weight lambda of the reconstruction penalty; fc and conv 1 (digits 10), glow 100 (images
+    1000)."""
     warmup_epochs: float | None = None
     """Epochs over which the learning rate rises from 0; 10."""
     clip_norm: float | None = None
-    """Largest gradient norm; no limit if not given."""
+    """Largest gradient norm; no limit if not given, but 10,000 for glow on images."""
+    optimizer: OptimizerName | None = None
+    """Optimizer; adam."""
+    objective: ObjectiveName | None = None
+    """Unit of the loss: nats, or bits for bits/dim, which the penalty of the determinants is
+    meant for; nats."""
+    log_det_penalty: float | None = None
+    """Weight of the squared log-determinants of the mixing layers; 0."""
+    conditional: bool = False
+    """Learn the density of images given their class, for models that take a context."""
+    actnorm_batches: int | None = None
+    """Batches that actnorm is initialised from; 1. More is steadier for small batches."""
     seed: int | None = None
     """Seed of initialisation, order and noise; 0."""
     shuffle: bool = True
@@ -100,7 +129,8 @@ class Evaluate:
     data: DataName | None = None
     """Images to measure on; those of the run if not given."""
     data_dir: Path | None = None
-    """Folder of the IDX files, for --data mnist."""
+    """For --data mnist the folder of the IDX files; for --data images an .npz file with train_x,
+    test_x (N, H, W, C) uint8 and train_y, test_y, or its folder."""
     split: Literal["test", "val", "train"] = "test"
     """Which images."""
     seed: int | None = None
@@ -123,6 +153,8 @@ class Sample:
     """Invert exactly; otherwise by the learned inverses, in one pass."""
     out: Path = Path("samples.png")
     """The PNG file."""
+    label: int | None = None
+    """Class of the samples of a conditional flow; one row a class if not given."""
     temperature: float = 1.0
     """Standard deviation of the noise."""
     seed: int = 0
@@ -185,8 +217,13 @@ def train(options: Train) -> None:
         raise UserError(f"threads must be at least 1; got {options.threads}")
     folder, resumed = run.open_folder(options.run_dir) if options.resume else (None, None)
     config = _config(options, resumed)
-    images = data.load(config.data, options.data_dir).limit_train(config.limit_train)
-    own = {"event_shape": images.event_shape, "levels": images.levels}
+    if config.conditional:
+        _require_context(config.model)
+    images = data.load(config.data, options.data_dir, config.conditional)
+    images = images.limit_train(config.limit_train)
+    own = {"event_shape": images.event_shape, "pixel_levels": images.pixel_levels}
+    if config.conditional:
+        own["context_features"] = images.classes
     model = {"name": config.model, "settings": own | config.model_args}
     build_flow(model)  # what does not fit must not leave a folder behind
     folder = folder or run.new_folder(options.run_dir, f"{config.model}-{config.data}")
@@ -208,15 +245,22 @@ def train(options: Train) -> None:
 def evaluate(options: Evaluate) -> None:
     """``snf-ext evaluate``."""
     flow, config, levels = _load_flow(options.checkpoint, options.device)
-    images = data.load(options.data or config.data, options.data_dir)
-    if (images.event_shape, images.levels) != (flow.event_shape, levels):
+    images = data.load(options.data or config.data, options.data_dir, config.conditional)
+    if (images.event_shape, images.pixel_levels) != (flow.event_shape, levels):
         raise UserError(
             f"data must have events {flow.event_shape} of {levels} levels, as the checkpoint's "
-            f"model; {images.name} has {images.event_shape} of {images.levels}"
+            f"model; {images.name} has {images.event_shape} of {images.pixel_levels}"
+        )
+    if images.classes > flow.context_features:
+        raise UserError(
+            f"data must have at most {flow.context_features} classes, as the checkpoint's model; "
+            f"{images.name} has {images.classes}"
         )
     split: Tensor = getattr(images, options.split)
     seed = config.seed if options.seed is None else options.seed
-    result, angle = run.measure(flow, split, seed)
+    if note := left_out(flow):
+        print(note, file=sys.stderr)
+    result, angle = run.measure(flow, split, seed, context_of(flow, images.labels(options.split)))
     if not math.isfinite(result.nll):
         raise Diverged(f"the NLL of {options.checkpoint} on {images.name} is {result.nll}")
     _report(options.split, asdict(result), mean_angle(angle))
@@ -230,11 +274,19 @@ def sample(options: Sample) -> None:
         raise UserError(f"temperature must be positive and finite; got {options.temperature}")
     require("matplotlib")
     flow, _, levels = _load_flow(options.checkpoint, options.device)
+    _check_label(options.label, flow.context_features)
     if not options.out.parent.is_dir():
         raise FileNotFoundError(f"{options.out.parent} does not exist; --out must be in a folder")
     sides = ("exact",) if options.exact else ("learned",)
     pictures.save_samples(
-        options.out, flow, levels, options.count, options.seed, options.temperature, sides
+        options.out,
+        flow,
+        levels,
+        options.count,
+        options.seed,
+        options.temperature,
+        sides,
+        options.label,
     )
     print(f"samples: {options.out}")
 
@@ -263,19 +315,41 @@ def build_flow(model: dict[str, Any]) -> Flow:
         raise UserError(f"the settings of model {name} must fit it; {error}") from error
 
 
+def _require_context(name: str) -> None:
+    takers = [
+        model for model, make in MODELS.items() if CONTEXT in inspect.signature(make).parameters
+    ]
+    if name not in takers:
+        others = f"; models that do: {', '.join(takers)}" if takers else ""
+        raise UserError(f"model {name} takes no context; leave out --conditional{others}")
+
+
+def _check_label(label: int | None, classes: int) -> None:
+    if label is None:
+        return
+    if not classes:
+        raise UserError(
+            f"label must be left out: the checkpoint's flow is not conditional; got {label}"
+        )
+    if not 0 <= label < classes:
+        raise UserError(f"label must lie in 0..{classes - 1}; got {label}")
+
+
 def _config(options: Train, resumed: dict[str, Any] | None) -> Config:
     earlier = None if resumed is None else Config.from_dict(resumed["config"])
     given = {
         setting.name: getattr(options, setting.name)
         for setting in fields(Config)
-        if setting.name not in ("model_args", "shuffle")
+        if setting.name not in ("model_args", "shuffle", "conditional")
     }
     if earlier is None:
         given |= {"model": given["model"] or "fc", "data": given["data"] or "digits"}
-    # Not told apart from their defaults, these two are asked for only where they differ.
+    # Not told apart from their defaults, these are asked for only where they differ.
     name = given["model"] or (earlier.model if earlier else "fc")
-    given["model_args"] = _model_args(name, options.model_args) or None
+    pairs = options.model_args
+    given["model_args"] = keyword_arguments(name, MODELS[name], pairs, DECIDED) or None
     given["shuffle"] = None if options.shuffle else False
+    given["conditional"] = options.conditional or None
     config = resolve(given, earlier)
     if resumed is not None and config.epochs < resumed["epoch"]:
         raise UserError(
@@ -284,36 +358,12 @@ def _config(options: Train, resumed: dict[str, Any] | None) -> Config:
     return config
 
 
-def _model_args(name: str, pairs: tuple[str, ...]) -> dict[str, Any]:
-    """``layers=3 linear=exact`` as keyword arguments, converted as the defaults' types ask."""
-    taken = {"event_shape", "levels", "recon_weight"}
-    known = {
-        key: parameter.default
-        for key, parameter in inspect.signature(MODELS[name]).parameters.items()
-        if key not in taken
-    }
-    arguments: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or key not in known:
-            raise UserError(
-                f"model_args of {name} must be NAME=VALUE, NAME one of {', '.join(known)}; "
-                f"got {pair!r}"
-            )
-        kind = str if known[key] is None else type(known[key])
-        try:
-            arguments[key] = kind(value)
-        except ValueError as error:
-            raise UserError(f"{key} must be of type {kind.__name__}; got {value!r}") from error
-    return arguments
-
-
 def _load_flow(path: Path, device: str) -> tuple[Flow, Config, int]:
     """The flow of a checkpoint in evaluation mode, the run's settings, a pixel's levels."""
     content = checkpoint.load(path)
     flow = build_flow(content["model"])
     checkpoint.load_weights(flow, content, path)
-    levels = content["model"]["settings"].get("levels", 256)
+    levels = content["model"]["settings"].get("pixel_levels", 256)
     return flow.to(_device(device)).eval(), Config.from_dict(content["config"]), levels
 
 

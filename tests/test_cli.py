@@ -3,17 +3,20 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import small_flows
 import torch
 
-from snf_ext import cli
-from snf_ext.training import checkpoint, loop
+from snf_ext import SelfNormConv2d, cli, models
+from snf_ext.training import angle, checkpoint, loop
 
 PNG = b"\x89PNG\r\n\x1a\n"
 QUICK = ["train", "--model", "fc", "--no-progress", "--angle-every", "0"]
@@ -133,7 +136,7 @@ def test_the_models_own_arguments(capsys):
     model = checkpoint.load(Path("a/best.pt"))["model"]
     assert model["settings"] == {
         "event_shape": (1, 8, 8),
-        "levels": 17,
+        "pixel_levels": 17,
         "layers": 3,
         "linear": "exact",
     }
@@ -225,12 +228,145 @@ def test_divergence_is_told_in_one_line(capsys):
     assert checkpoint.load(Path("a/last.pt"))["epoch"] == 0
 
 
+# ---- what is not of one model or one data set alone
+
+
+def test_the_settings_of_stabilised_training(capsys):
+    more = ["--optimizer", "radam", "--objective", "bits", "--log-det-penalty", "1e-3"]
+    run(*QUICK, *more, "--epochs", "1", "--limit-train", "100", "--run-dir", "a")
+    config = checkpoint.load(Path("a/last.pt"))["config"]
+    settings = {"optimizer": "radam", "objective": "bits", "log_det_penalty": 1e-3}
+    assert {key: config[key] for key in settings} == settings
+    history = json.loads(Path("a/history.json").read_text())
+    assert history[1]["train_loss"] < 8  # bits/dim, where nats would be over 100
+
+
+@pytest.fixture(scope="module")
+def class_run(tmp_path_factory):
+    """A run of a conditional model on 50 digits."""
+    folder = tmp_path_factory.mktemp("classes") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cli.MODELS, "classes", small_flows.conditional)
+        options = cli.Train(
+            model="classes",
+            model_args=("width=2",),
+            conditional=True,
+            epochs=2,
+            limit_train=50,
+            run_dir=folder,
+            angle_every=0,
+            progress=False,
+        )
+        cli.train(options)
+    return folder
+
+
+@pytest.fixture
+def classes(class_run, monkeypatch):
+    """Its checkpoint, with the model in the table."""
+    monkeypatch.setitem(cli.MODELS, "classes", small_flows.conditional)
+    return class_run / "best.pt"
+
+
+def test_conditional_runs(classes, capsys):
+    model = checkpoint.load(classes)["model"]
+    assert model["settings"] == {
+        "event_shape": (1, 8, 8),
+        "pixel_levels": 17,
+        "context_features": 10,
+        "width": 2.0,
+    }
+    test = json.loads((classes.parent / "result.json").read_text())["test"]
+    capsys.readouterr()
+    run("evaluate", "--checkpoint", classes)
+    assert capsys.readouterr().out.startswith(f"test NLL: {test['nll']:.2f} nats")
+    shutil.copytree(classes.parent, "a")
+    run("train", "--resume", "--run-dir", "a", "--epochs", "3", "--no-progress")
+    assert checkpoint.load(Path("a/last.pt"))["epoch"] == 3
+
+
+def test_samples_of_a_class(classes, tmp_path, capsys, monkeypatch):
+    contexts, sample = [], cli.Flow.sample
+
+    def look(self, count, context=None, **options):
+        contexts.append(context.argmax(1).tolist())
+        return sample(self, count, context, **options)
+
+    monkeypatch.setattr(cli.Flow, "sample", look)
+    run("sample", "--checkpoint", classes, "--count", "6", "--label", "3", "--exact")
+    run("sample", "--checkpoint", classes, "--count", "20")
+    assert contexts == [[3] * 6, [label for label in range(10) for _ in range(2)]]
+    before = sorted(tmp_path.rglob("*"))
+    for label in (10, -1):
+        run("sample", "--checkpoint", classes, "--label", label, "--out", "b.png", status=2)
+        assert f"label must lie in 0..9; got {label}" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_label_without_classes(trained, capsys):
+    run("sample", "--checkpoint", trained[0] / "best.pt", "--label", "3", status=2)
+    assert one_line(capsys) == (
+        "snf-ext: label must be left out: the checkpoint's flow is not conditional; got 3"
+    )
+
+
+def test_more_classes_than_the_checkpoint_knows(classes, capsys, monkeypatch):
+    from snf_ext.training import data
+
+    digits = data.load("digits", labels=True)
+    more = digits.with_labels([digits.labels(split) for split in data.SPLITS], 11)
+    monkeypatch.setitem(data.LOADERS, "digits", lambda folder, labels: more)
+    capsys.readouterr()
+    run("evaluate", "--checkpoint", classes, status=2)
+    assert "data must have at most 10 classes, as the checkpoint's model; digits has 11" in (
+        one_line(capsys)
+    )
+
+
+def test_angles_that_are_not_measured_are_told(capsys, monkeypatch):
+    def pixels(event_shape, *, pixel_levels=256):
+        layers = [*models.preprocessing(pixel_levels), SelfNormConv2d(1, 3)]
+        return cli.Flow(layers, event_shape)
+
+    monkeypatch.setattr(angle, "MAX_DENSE", 63)
+    monkeypatch.setitem(cli.MODELS, "pixels", pixels)
+    options = {"limit_train": 50, "run_dir": Path("a"), "progress": False}
+    cli.train(cli.Train(model="pixels", epochs=1, **options))
+    note = "no gradient angle for 1 convolutions: their matrices have up to 64 rows, more than 63"
+    assert one_line(capsys) == note
+    assert json.loads(Path("a/result.json").read_text())["angle"] is None
+    run("evaluate", "--checkpoint", "a/best.pt")
+    assert one_line(capsys) == note
+
+
+def test_images_of_ones_own(tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    train = draw.integers(0, 256, (1040, 4, 4, 3), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", train_x=train, test_x=train[:9])
+    run(*QUICK, "--data", "images", "--data-dir", tmp_path, "--epochs", "1", "--run-dir", "a")
+    assert "(standard error" in capsys.readouterr().out
+    settings = checkpoint.load(Path("a/best.pt"))["model"]["settings"]
+    assert settings == {"event_shape": (3, 4, 4), "pixel_levels": 256}
+    run("evaluate", "--checkpoint", "a/best.pt", "--data-dir", "mine.npz")
+
+
 # ---- requests that cannot be met: one line, status 2, nothing written
 
 BAD = {
     "no data folder": ("train --data mnist", "--data mnist needs --data-dir"),
     "data folder": ("train --data mnist --data-dir nope", "nope does not exist; --data-dir must"),
     "data files": ("train --data mnist --data-dir .", "train-images-idx3-ubyte does not exist"),
+    "images": ("train --data images --data-dir full", "full must hold one .npz file, or"),
+    "npz": (
+        "train --data images --data-dir full/file",
+        "full/file must be a whole .npz file of plain arrays; got ValueError",
+    ),
+    "context": (
+        "train --conditional --model fc",
+        "model fc takes no context; leave out --conditional",
+    ),
+    "penalty": ("train --log-det-penalty -1", "log_det_penalty must be finite, not negative"),
+    "actnorm": ("train --actnorm-batches 0", "actnorm_batches must be at least 1; got 0"),
     "limit": ("train --limit-train 9999", r"limit_train must lie in 1\.\.1197; got 9999"),
     "lr": ("train --lr -1", "lr must be positive and finite; got -1"),
     "epochs": ("train --epochs 0", "epochs must be at least 1; got 0"),
@@ -289,6 +425,10 @@ def test_resume_refuses_another_run(trained, capsys):
         "--no-shuffle": "shuffle must stay True",
         "--limit-train 5": "limit_train must stay None",
         "--model-args layers=3": r"model_args must stay {}",
+        "--optimizer radam": "optimizer must stay 'adam'",
+        "--objective bits": "objective must stay 'nats'",
+        "--log-det-penalty 1": r"log_det_penalty must stay 0\.0",
+        "--conditional": "conditional must stay False",
         "--epochs 5": "epochs must be at least the 40 that are done; got 5",
     }.items():
         run("train", "--resume", "--run-dir", folder, *argv.split(), status=2)
@@ -301,7 +441,7 @@ def test_data_that_do_not_fit_the_checkpoint(trained, capsys, monkeypatch):
 
     images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
     other = data.Dataset("mnist", images, images, images, (1, 28, 28), 256)
-    monkeypatch.setitem(data.LOADERS, "mnist", lambda folder: other)
+    monkeypatch.setitem(data.LOADERS, "mnist", lambda folder, labels: other)
     run("evaluate", "--checkpoint", trained[0] / "best.pt", "--data", "mnist", status=2)
     assert "must have events (1, 8, 8) of 17 levels" in one_line(capsys)
 

@@ -79,7 +79,7 @@ def test_missing_idx(tmp_path):
 def test_mnist_split(tmp_path):
     first, second = write_mnist(tmp_path, 12, 4)
     mnist = data.load_mnist(tmp_path, train=10, val=2, test=4)
-    assert (mnist.event_shape, mnist.levels, mnist.name) == ((1, 28, 28), 256, "mnist")
+    assert (mnist.event_shape, mnist.pixel_levels, mnist.name) == ((1, 28, 28), 256, "mnist")
     assert torch.equal(mnist.train, first[:10, None])
     assert torch.equal(mnist.val, first[10:, None])
     assert torch.equal(mnist.test, second[:, None])
@@ -116,7 +116,7 @@ def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
     digits = data.load("digits")
-    assert (digits.event_shape, digits.levels) == ((1, 8, 8), 17)
+    assert (digits.event_shape, digits.pixel_levels) == ((1, 8, 8), 17)
     assert digits.train.dtype == torch.uint8
     together = torch.cat([digits.train, digits.val, digits.test]).flatten(1).numpy()
     expected = load_digits().data
@@ -138,7 +138,7 @@ def test_digits_split_is_fixed():
 
 
 def test_unknown_name():
-    with pytest.raises(UserError, match="data must be one of digits, mnist; got 'cifar'"):
+    with pytest.raises(UserError, match="data must be one of digits, mnist, images; got 'cifar'"):
         data.load("cifar")
 
 
@@ -170,3 +170,200 @@ def test_limit_train():
     for count in (0, 5):
         with pytest.raises(UserError, match=rf"limit_train must lie in 1\.\.4; got {count}"):
             full.limit_train(count)
+
+
+# ---- labels
+
+
+def test_labels_stay_beside_their_images():
+    from sklearn.datasets import load_digits
+
+    plain, digits = data.load("digits"), data.load("digits", labels=True)
+    assert plain.classes == 0
+    assert plain.train_labels is None
+    assert digits.classes == 10
+    bundled = load_digits()
+    number_of = {
+        image.astype(np.uint8).tobytes(): label
+        for image, label in zip(bundled.data, bundled.target, strict=True)
+    }
+    for split in ("train", "val", "test"):
+        images, labels = getattr(digits, split), digits.labels(split)
+        assert torch.equal(images, getattr(plain, split))
+        assert labels.dtype == torch.int64
+        assert labels.tolist() == [number_of[image.numpy().tobytes()] for image in images]
+    few = digits.limit_train(7)
+    assert torch.equal(few.train_labels, digits.train_labels[:7])
+
+
+def write_labels(folder: Path, name: str, labels: torch.Tensor) -> None:
+    (folder / name).write_bytes(gzip.compress(idx(labels, 0x0801)))
+
+
+def test_mnist_labels(tmp_path):
+    write_mnist(tmp_path, 12, 4)
+    first = torch.arange(12, dtype=torch.uint8) % 10
+    write_labels(tmp_path, "train-labels-idx1-ubyte.gz", first)
+    write_labels(tmp_path, "t10k-labels-idx1-ubyte", torch.tensor([9, 8, 7, 6], dtype=torch.uint8))
+    mnist = data.load_mnist(tmp_path, labels=True, train=10, val=2, test=4)
+    assert mnist.train_labels.tolist() == list(range(10))
+    assert mnist.val_labels.tolist() == [0, 1]
+    assert mnist.test_labels.tolist() == [9, 8, 7, 6]
+
+
+def test_mnist_labels_that_cannot_be_used(tmp_path):
+    write_mnist(tmp_path, 12, 4)
+
+    def load():
+        data.load_mnist(tmp_path, labels=True, train=10, val=2, test=4)
+
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"train-labels-idx1-ubyte does not exist, nor .*; a conditional flow needs the",
+    ):
+        load()
+    labels = torch.arange(12, dtype=torch.uint8)
+    write_labels(tmp_path, "t10k-labels-idx1-ubyte", labels[:4])
+    write_labels(tmp_path, "train-labels-idx1-ubyte", labels[:11])
+    with pytest.raises(UserError, match="train-labels-idx1-ubyte must hold 12 labels; got 11"):
+        load()
+    write_labels(tmp_path, "train-labels-idx1-ubyte", labels)
+    with pytest.raises(UserError, match=r"mnist: val labels must lie in 0\.\.9; got 10\.\.11"):
+        load()
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(random_images(3)))
+    with pytest.raises(UserError, match=r"must have 1 dimension \(N\); got 3"):
+        load()
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(labels, 0x0801)[:-1])
+    with pytest.raises(UserError, match="must hold 12 bytes of labels, as its header says; got 11"):
+        load()
+
+
+@pytest.mark.skipif(not MNIST.is_dir(), reason="MNIST is not beside the repository")
+def test_the_real_mnist_labels():
+    mnist = data.load("mnist", MNIST, labels=True)
+    together = torch.cat([mnist.train_labels, mnist.val_labels])
+    assert int((together == 0).sum()) == 5923  # the published counts
+    assert int((mnist.test_labels == 0).sum()) == 980
+
+
+def test_labels_are_checked_before_training():
+    images = torch.zeros(3, 1, 2, 2)
+    good = torch.tensor([0, 1, 2])
+
+    def make(train, classes=3):
+        return data.Dataset(
+            "mine", images, images, images, (1, 2, 2), 17, train, good, good, classes
+        )
+
+    assert make(good).labels("train") is good
+    for bad, message in {
+        good[:2]: r"train labels must be int64 of shape \(3,\), one an image; got .* \(2,\)",
+        good.float(): "train labels must be int64 .*; got torch.float32",
+        good + 1: r"train labels must lie in 0\.\.2; got 1\.\.3",
+        good - 1: r"train labels must lie in 0\.\.2; got -1\.\.1",
+        None: "train labels must be there exactly if there are classes",
+    }.items():
+        with pytest.raises(UserError, match=f"mine: {message}"):
+            make(bad)
+    with pytest.raises(UserError, match="must be there exactly if there are classes"):
+        make(good, classes=0)
+
+
+# ---- images from an .npz file
+
+
+def colours(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 2, 3, 3), dtype=np.uint8)
+
+
+def arrays(**changes) -> dict:
+    content = {
+        "train_x": colours(1004, 1),
+        "train_y": np.arange(1004, dtype=np.uint8) % 4,
+        "test_x": colours(5, 2),
+        "test_y": np.array([0, 1, 2, 3, 0], dtype=np.int32),
+    }
+    content |= changes
+    return {name: array for name, array in content.items() if array is not None}
+
+
+def test_images_from_npz(tmp_path):
+    np.savez_compressed(tmp_path / "some.npz", **arrays())
+    for where in (tmp_path, tmp_path / "some.npz"):
+        images = data.load("images", where, labels=True)
+        assert (images.event_shape, images.pixel_levels, images.classes) == ((3, 2, 3), 256, 4)
+        assert [len(s) for s in (images.train, images.val, images.test)] == [4, 1000, 5]
+        together = torch.cat([images.train, images.val]).permute(0, 2, 3, 1)
+        assert np.array_equal(together.numpy(), arrays()["train_x"])
+        assert torch.cat([images.train_labels, images.val_labels]).tolist() == [0, 1, 2, 3] * 251
+        assert images.test_labels.tolist() == [0, 1, 2, 3, 0]
+    np.savez(tmp_path / "some.npz", **arrays(train_y=None, test_y=None))
+    assert data.load("images", tmp_path).classes == 0
+
+
+BAD_NPZ = {
+    "array missing": ({"test_x": None}, "must hold the arrays train_x, test_x, .*lacks test_x"),
+    "labels missing": ({"train_y": None}, "it lacks train_y"),
+    "floats": (
+        {"train_x": colours(1004).astype(np.float32)},
+        r"train_x must be uint8 of shape \(N, H, W, C\) with C 1 or 3 .*; got float32",
+    ),
+    "channels first": (
+        {"test_x": colours(5).transpose(0, 3, 1, 2)[..., :2]},
+        r"test_x must be uint8 of shape .*; got uint8 of shape \(5, 3, 2, 2\)",
+    ),
+    "rank": ({"test_x": colours(5)[0]}, r"test_x must be .*; got uint8 of shape \(2, 3, 3\)"),
+    "no image": ({"test_x": colours(0)}, r"N at least 1; got uint8 of shape \(0, 2, 3, 3\)"),
+    "too few": ({"train_x": colours(1000)}, "must hold more than the 1000 images .*; got 1000"),
+    "sizes differ": (
+        {"test_x": colours(5)[:, :1]},
+        r"test images must have shape \(N, \*\(3, 2, 3\)\); got \(5, 3, 1, 3\)",
+    ),
+    "label count": (
+        {"train_y": np.zeros(7, np.uint8)},
+        r"train_y must be integers of shape \(1004,\), one an image; got uint8 of shape \(7,\)",
+    ),
+    "label type": ({"test_y": np.zeros(5)}, "test_y must be integers .*; got float64"),
+    "negative label": ({"test_y": np.full(5, -1)}, r"test labels must lie in 0\.\.3; got -1"),
+    "huge label": ({"test_y": np.full(5, 10**9)}, "must number the classes from 0; got 1000000000"),
+    "objects": (
+        {"test_y": np.array([None] * 5, dtype=object)},
+        "must be a whole .npz file of plain arrays; got ValueError",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_NPZ.values(), ids=BAD_NPZ)
+def test_bad_npz_is_refused(tmp_path, changes, message):
+    np.savez(tmp_path / "some.npz", **arrays(**changes))
+    with pytest.raises(UserError, match=message):
+        data.load("images", tmp_path / "some.npz", labels=True)
+
+
+def test_damaged_npz(tmp_path):
+    path = tmp_path / "some.npz"
+    np.savez_compressed(path, **arrays())
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[2000] ^= 255
+    for content in (b"", b"\x89PNG\r\n\x1a\n", whole[:-30], whole[:100], bytes(flipped)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"some.npz must be a whole .npz file of plain arrays"):
+            data.load("images", path)
+    with open(path, "wb") as stream:
+        np.save(stream, colours(3))
+    with pytest.raises(UserError, match=r"must be an .npz file of several arrays; got a single"):
+        data.load("images", path)
+
+
+def test_npz_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"--data images needs --data-dir: the .npz file of images"):
+        data.load("images")
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; an .npz file of images"):
+        data.load("images", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"must hold one .npz file, or .* name it; got none"):
+        data.load("images", tmp_path)
+    for name in ("a.npz", "b.npz"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"got a.npz, b.npz"):
+        data.load("images", tmp_path)

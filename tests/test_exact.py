@@ -74,6 +74,45 @@ def test_gradient_of_the_matrix():
     )
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_pointwise_against_dense(groups, device):
+    """A 1x1 kernel is solved pixel by pixel; the whole matrix says what comes out."""
+    size, weight = (3, 5), torch.randn(6, 6 // groups, 1, 1, dtype=torch.float64)
+    matrix = torch.as_tensor(ground_truth.conv_matrix(weight, size, 1, groups, False))
+    leaf = weight.to(device).requires_grad_()
+    value = exact.conv2d_log_abs_det(leaf, size, 1, groups, False)
+    value.backward()
+    assert abs(value.item() - torch.linalg.slogdet(matrix).logabsdet.item()) < 1e-10
+    # d log|det| / dW[o, i] sums the transposed inverse over all places of the element.
+    inverse = torch.linalg.inv(matrix).T.reshape(6, 15, 6, 15)
+    everywhere = inverse.diagonal(dim1=1, dim2=3).sum(-1)
+    per_group = 6 // groups
+    for o in range(6):
+        start = o // per_group * per_group
+        want = everywhere[o, start : start + per_group]
+        torch.testing.assert_close(leaf.grad[o, :, 0, 0].cpu(), want, rtol=1e-9, atol=1e-9)
+    factors = exact.factorize_conv2d(leaf, size, 1, groups, False)
+    assert abs(factors.log_abs_det.item() - value.item()) < 1e-10
+    rhs = torch.randn(4, 90, dtype=torch.float64)
+    got = factors.solve(rhs.to(device)).cpu()
+    torch.testing.assert_close(got, torch.linalg.solve(matrix, rhs.T).T, rtol=1e-8, atol=1e-8)
+    assert factors.solve(rhs[:0].to(device)).shape == (0, 90)
+
+
+def test_pointwise_needs_no_dense_matrix():
+    """64x64 images of 48 channels: a matrix of 196,608 on a side would be 300 GB."""
+    layer = SelfNormConv2d(48, 1)
+    x = torch.randn(1, 48, 64, 64)
+    want = 64 * 64 * np.linalg.slogdet(layer.weight[..., 0, 0].detach().double().numpy())[1]
+    assert layer.log_abs_det((64, 64)).item() == pytest.approx(want, rel=1e-5)
+    assert (layer.inverse(layer(x).z, exact=True) - x).abs().max() < 1e-4
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert layer.log_abs_det((4, 4)).item() == -float("inf")
+    with pytest.raises(ValueError, match="weight is singular"):
+        layer.inverse(x, exact=True)
+
+
 def test_singular():
     layer = SelfNormLinear(3)
     with torch.no_grad():

@@ -163,7 +163,7 @@ def test_fc_model(backend, device):
     assert sample.shape == (2, 1, 28, 28)
     assert sample.min() >= 0
     assert sample.max() <= 255
-    small = snf_ext.models.fc((1, 8, 8), layers=3, linear="exact", levels=17)
+    small = snf_ext.models.fc((1, 8, 8), layers=3, linear="exact", pixel_levels=17)
     assert sum(p.numel() for p in small.parameters()) == 3 * (64 * 64 + 64)
     with pytest.raises(ValueError, match="linear must be one of self_norm, exact; got 'lu'"):
         snf_ext.models.fc(linear="lu")

@@ -3,12 +3,13 @@
 import math
 
 import pytest
+import small_flows
 import torch
 import torch.nn.functional as F
 
 import snf_ext
-from snf_ext.training import evaluate
-from snf_ext.training.angle import gradient_angle, mean_angle
+from snf_ext.training import angle, evaluate
+from snf_ext.training.angle import gradient_angle, left_out, mean_angle, too_large
 
 SHAPE = (1, 2, 3)
 
@@ -70,7 +71,7 @@ def test_bits_of_a_uniform_density_count_the_levels():
 
 
 def test_measuring_repeats_and_leaves_no_trace():
-    flow = snf_ext.models.fc(SHAPE, levels=17).train()
+    flow = snf_ext.models.fc(SHAPE, pixel_levels=17).train()
     x = images(600)  # two batches
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -110,6 +111,61 @@ def test_reconstruction_error_by_hand():
         },
         rel=1e-10,
     )
+
+
+def test_layers_inside_other_bijections_are_found():
+    torch.manual_seed(0)
+    layers = [snf_ext.SelfNormLinear(6) for _ in range(3)]
+    for layer in layers:
+        layer.weight.data += 0.2 * torch.randn(6, 6)
+    one, two, three = layers
+    flat = snf_ext.Flow([snf_ext.Flatten(SHAPE), one, two, three], SHAPE)
+    nest = small_flows.Nest([two, small_flows.Nest([three])])
+    deep = snf_ext.Flow([snf_ext.Flatten(SHAPE), one, nest], SHAPE)
+    x = images(20).float() / 17
+    want, got = evaluate.reconstruction_error(flat, x), evaluate.reconstruction_error(deep, x)
+    assert min(want[1].values()) > 1e-3
+    assert got[0] == pytest.approx(want[0], rel=1e-6)
+    assert list(got[1]) == ["bijections.1", "bijections.2.rest.0", "bijections.2.rest.1.rest.0"]
+    assert list(got[1].values()) == pytest.approx(list(want[1].values()), rel=1e-6)
+    assert not any(module._forward_hooks for module in deep.modules())
+    angles = gradient_angle(deep, x)
+    assert list(angles) == list(got[1])
+    assert list(angles.values()) == pytest.approx(list(gradient_angle(flat, x).values()), rel=1e-9)
+
+
+def test_context_reaches_every_measure():
+    """A conditional flow measured at once, and class by class as flows without context."""
+    torch.manual_seed(0)
+    flow = small_flows.conditional(context_features=2).double()
+    for parameter in flow.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    _, *rest = flow.bijections
+    x = images(40).double() + torch.rand(40, *SHAPE, dtype=torch.float64)
+    labels = torch.arange(40) % 2
+    context = torch.nn.functional.one_hot(labels, 2).double()
+    whole = snf_ext.Flow(rest, SHAPE, context_features=2)
+    nll = evaluate.negative_log_likelihood(whole, x, context=context)
+    recon, _ = evaluate.reconstruction_error(whole, x, context=context)
+    parts = 0.0
+    for label in (0, 1):
+        shift, scale = (table[label].detach() for table in (rest[-1].shift, rest[-1].scale))
+        affine = snf_ext.SelfNormLinear(6).double()
+        affine.weight.data = torch.diag(torch.exp(-scale))
+        affine.weight_inv.data = torch.diag(torch.exp(scale))
+        affine.bias.data = -shift
+        own = snf_ext.Flow([*rest[:-1], affine], SHAPE)
+        chosen = x[labels == label]
+        want = evaluate.negative_log_likelihood(own, chosen)
+        torch.testing.assert_close(nll[labels == label], want, rtol=1e-9, atol=1e-9)
+        parts += evaluate.reconstruction_error(own, chosen)[0] / 2
+        if label == 1:
+            same = torch.tensor([0.0, 1.0]).expand(len(chosen), 2)
+            angles = gradient_angle(whole, chosen, same)
+            assert list(angles) == ["bijections.3.rest.0"]
+            want = gradient_angle(own, chosen)["bijections.3.rest.0"]
+            assert angles["bijections.3.rest.0"] == pytest.approx(want, rel=1e-6)
+    assert recon == pytest.approx(parts, rel=1e-9)
 
 
 # ---- the angle
@@ -191,7 +247,7 @@ def test_angle_of_a_convolution_against_the_dense_jacobian():
 
 
 def test_angle_leaves_the_flow_alone():
-    flow = snf_ext.models.fc(SHAPE, levels=17).eval().requires_grad_(False)
+    flow = snf_ext.models.fc(SHAPE, pixel_levels=17).eval().requires_grad_(False)
     before = {k: v.clone() for k, v in flow.state_dict().items()}
     gradient_angle(flow, images(5))
     for name, value in flow.state_dict().items():
@@ -200,3 +256,33 @@ def test_angle_leaves_the_flow_alone():
     assert all(p.grad is None and not p.requires_grad for p in flow.parameters())
     assert gradient_angle(snf_ext.models.fc(SHAPE, linear="exact"), images(5)) == {}
     assert mean_angle({}) is None
+
+
+def test_angle_does_not_depend_on_the_pieces(monkeypatch):
+    flow, x = linear_flow(2, exact_inverse=False), torch.randn(10, 6, dtype=torch.float64)
+    whole = gradient_angle(flow, x)
+    monkeypatch.setattr(angle, "CHUNK", 3)
+    assert gradient_angle(flow, x) == pytest.approx(whole, rel=1e-9)
+
+
+def test_angle_of_hundreds_of_layers():
+    x = torch.randn(10, 6, dtype=torch.float64)
+    angles = gradient_angle(linear_flow(200, exact_inverse=True), x)
+    assert len(angles) == 200
+    assert max(angles.values()) < 1e-6
+
+
+def test_large_convolutions_have_no_angle_and_say_so():
+    image = (3, 32, 32)
+    large, point = snf_ext.SelfNormConv2d(3, 3), snf_ext.SelfNormConv2d(3, 1)
+    small = [snf_ext.Squeeze(), snf_ext.SelfNormConv2d(12, 1)]
+    flow = snf_ext.Flow([large, small_flows.Nest([point]), *small], image)
+    assert too_large(flow) == {"bijections.0": 3072}
+    angles = gradient_angle(flow, torch.randn(5, *image))
+    assert list(angles) == ["bijections.1.rest.0", "bijections.3"]
+    assert all(0 < value < 90 for value in angles.values())
+    assert left_out(flow) == (
+        "no gradient angle for 1 convolutions: their matrices have up to 3072 rows, more than 2048"
+    )
+    assert left_out(snf_ext.Flow([snf_ext.SelfNormConv2d(1, 3)], (1, 28, 28))) is None
+    assert left_out(linear_flow(2, exact_inverse=True)) is None

@@ -4,14 +4,17 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 
 import pytest
+import small_flows
 import torch
 
 import snf_ext
 from snf_ext.training import checkpoint, evaluate
 from snf_ext.training.batches import Batches
-from snf_ext.training.config import Config, resolve
+from snf_ext.training.config import DEFAULTS, Config, resolve
+from snf_ext.training.context import context_of, rows_of_classes
 from snf_ext.training.data import Dataset
 from snf_ext.training.errors import Diverged, UserError
 from snf_ext.training.loop import Trainer
@@ -32,7 +35,7 @@ CONFIG = Config("fc", "noise", 5, 8, 1e-2, 1.0, warmup_epochs=2, clip_norm=100.0
 def trainer(folder, config=CONFIG, data=DATA):
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    flow = snf_ext.models.fc(SHAPE, levels=17)
+    flow = snf_ext.models.fc(SHAPE, pixel_levels=17)
     return Trainer(flow, {"name": "fc", "settings": {}}, data, config, folder, progress=False)
 
 
@@ -109,6 +112,11 @@ def whole(tmp_path_factory):
         ("warmup_epochs", float("inf"), "finite, not negative"),
         ("clip_norm", 0.0, "positive"),
         ("angle_every", -1, "at least 0"),
+        ("optimizer", "sgd", "one of adam, radam"),
+        ("objective", "bytes", "one of nats, bits"),
+        ("log_det_penalty", -1e-5, "finite, not negative"),
+        ("log_det_penalty", float("nan"), "finite, not negative"),
+        ("actnorm_batches", 0, "at least 1"),
     ],
 )
 def test_settings_out_of_range(name, value, rule):
@@ -126,26 +134,62 @@ def test_settings_of_a_resumed_run():
         Config.from_dict(CONFIG.to_dict() | {"colour": "red"})
 
 
-def test_paper_settings_for_mnist():
-    config = resolve({"model": "fc", "data": "mnist"})
-    chosen = (config.batch_size, config.lr, config.recon_weight, config.warmup_epochs)
-    assert chosen == (100, 1e-4, 1.0, 10.0)
+@pytest.mark.parametrize(
+    ("model", "data", "lr", "recon_weight", "clip_norm"),
+    [
+        ("fc", "mnist", 1e-4, 1.0, None),
+        ("conv", "mnist", 1e-3, 1.0, None),
+        ("glow", "mnist", 1e-3, 100.0, None),
+        ("glow", "images", 1e-3, 1000.0, 10_000.0),
+    ],
+)
+def test_paper_settings(model, data, lr, recon_weight, clip_norm):
+    """SNF A.3."""
+    config = resolve({"model": model, "data": data})
+    assert (config.batch_size, config.warmup_epochs, config.optimizer) == (100, 10.0, "adam")
+    assert (config.lr, config.recon_weight, config.clip_norm) == (lr, recon_weight, clip_norm)
+    assert (config.objective, config.log_det_penalty) == ("nats", 0.0)
+
+
+def test_every_model_has_settings_for_every_data_set():
+    from snf_ext.training.data import LOADERS
+
+    for data in LOADERS:
+        for model in ("fc", "conv", "glow", "one of another package"):
+            assert resolve({"model": model, "data": data}).data == data
+    assert {data for _, data in DEFAULTS} <= set(LOADERS)
+
+
+def test_arguments_of_the_model_add_to_its_defaults():
+    usual = resolve({"model": "glow", "data": "digits"}).model_args
+    assert usual == {"levels": 2, "steps": 4, "width": 16}
+    asked = {"steps": 3, "mixing": "lu"}
+    config = resolve({"model": "glow", "data": "digits", "model_args": asked})
+    assert config.model_args == {"levels": 2, "steps": 3, "width": 16, "mixing": "lu"}
+    assert resolve({"model_args": {"steps": 3}}, config) == config
+    with pytest.raises(UserError, match=r"model_args must stay .*'steps': 3.*; got .*'steps': 4"):
+        resolve({"model_args": {"steps": 4}}, config)
+    assert resolve({"model": "glow", "data": "digits"}).model_args == usual
+
+
+def whole_epoch(batches, number):
+    return torch.cat([batch.images for batch in batches.epoch(number)])
 
 
 def test_batches_cover_each_epoch_in_an_order_of_its_own():
     batches = Batches(torch.arange(50), 8, seed=3, shuffle=True)
     assert len(batches) == 7
     stream = batches.stream(1)
-    epochs = [torch.cat([next(stream) for _ in range(7)]) for _ in range(3)]
+    epochs = [torch.cat([next(stream).images for _ in range(7)]) for _ in range(3)]
     for epoch in epochs:
         assert torch.equal(epoch.sort().values, torch.arange(50))
     assert not torch.equal(epochs[0], epochs[1])
-    assert torch.equal(torch.cat(list(batches.epoch(3))), epochs[2])
-    assert [len(batch) for batch in batches.epoch(1)] == [8] * 6 + [2]
+    assert torch.equal(whole_epoch(batches, 3), epochs[2])
+    assert [len(batch.images) for batch in batches.epoch(1)] == [8] * 6 + [2]
     other = Batches(torch.arange(50), 8, seed=4, shuffle=True)
-    assert not torch.equal(torch.cat(list(other.epoch(1))), epochs[0])
+    assert not torch.equal(whole_epoch(other, 1), epochs[0])
     straight = Batches(torch.arange(50), 8, seed=3, shuffle=False)
-    assert torch.equal(torch.cat(list(straight.epoch(2))), torch.arange(50))
+    assert torch.equal(whole_epoch(straight, 2), torch.arange(50))
 
 
 def test_seeds_are_of_their_parts_alone():
@@ -173,25 +217,50 @@ def test_learning_rate_and_clipping_of_each_step(tmp_path):
     assert [row["lr"] for row in run.history] == pytest.approx([0.0, 5e-3, 1e-2, 1e-2])
 
 
-def test_the_loop_is_plain_adam(tmp_path):
+RECIPES = {
+    "adam": ({}, lambda p: torch.optim.Adam(p, betas=(0.9, 0.999)), 1.0),
+    "radam": ({"optimizer": "radam"}, lambda p: torch.optim.RAdam(p, betas=(0.9, 0.999)), 1.0),
+    "bits": (
+        {"objective": "bits"},
+        lambda p: torch.optim.Adam(p, betas=(0.9, 0.999)),
+        1 / (6 * math.log(2)),
+    ),
+    "penalty": ({"log_det_penalty": 0.3}, lambda p: torch.optim.Adam(p, betas=(0.9, 0.999)), 1.0),
+}
+
+
+@pytest.mark.parametrize(("settings", "make", "unit"), RECIPES.values(), ids=RECIPES)
+def test_the_loop_is_plain_optimization(tmp_path, settings, make, unit):
     """The loop's weights are those of the same steps written out."""
-    config = Config.from_dict(CONFIG.to_dict() | {"epochs": 2, "clip_norm": None})
+    config = replace(CONFIG, epochs=2, clip_norm=None, **settings)
     run = new_run(tmp_path, config)
     run.fit()
     torch.manual_seed(0)
-    flow = snf_ext.models.fc(SHAPE, levels=17).train()
-    optimizer = torch.optim.Adam(flow.parameters(), betas=(0.9, 0.999))
-    step = 0
+    flow = snf_ext.models.fc(SHAPE, pixel_levels=17).train()
+    optimizer = make(flow.parameters())
+    linear = [layer for layer in flow.bijections if isinstance(layer, snf_ext.SelfNormLinear)]
+    step, losses = 0, []
     for epoch in (1, 2):
         torch.manual_seed(derive_seed(7, "epoch", epoch))
         for batch in Batches(DATA.train, 8, 7, True).epoch(epoch):
             step += 1
             optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, step / 14)
             optimizer.zero_grad()
-            flow.loss(batch).backward()
+            loss = unit * flow.loss(batch.images)
+            if config.log_det_penalty:
+                # Its gradient, 2 log|det| R', is by the learned inverse, as the likelihood's.
+                for layer in linear:
+                    log_det = torch.linalg.slogdet(layer.weight.detach().double()).logabsdet
+                    surrogate = (layer.weight * layer.weight_inv.detach().T).sum()
+                    surrogate = surrogate - (layer.weight_inv * layer.weight.detach().T).sum()
+                    loss = loss + 0.3 * log_det.float() * (surrogate - surrogate.detach())
+                    loss = loss + 0.3 * log_det.float().square()
+            loss.backward()
+            losses.append(loss.item() * len(batch.images))
             optimizer.step()
     for name, value in run.flow.state_dict().items():
         torch.testing.assert_close(value, flow.state_dict()[name], rtol=1e-4, atol=1e-6)
+    assert run.history[2]["train_loss"] == pytest.approx(sum(losses[7:]) / 50, rel=1e-5)
 
 
 # ---- runs that end, and runs that go on
@@ -206,7 +275,7 @@ def test_history_and_best(whole):
     lowest = min(history, key=lambda row: row["val_nll"])
     assert (best["epoch"], best["val_nll"]) == (lowest["epoch"], lowest["val_nll"])
     assert last["best"] == {"epoch": lowest["epoch"], "val_nll": lowest["val_nll"]}
-    flow = snf_ext.models.fc(SHAPE, levels=17)
+    flow = snf_ext.models.fc(SHAPE, pixel_levels=17)
     checkpoint.load_weights(flow, best, whole / "best.pt")
     nll = evaluate.negative_log_likelihood(flow, DATA.val, CONFIG.seed).mean().item()
     assert nll == pytest.approx(lowest["val_nll"], rel=1e-9)
@@ -306,9 +375,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     run = new_run(tmp_path)
     loss, calls = run.flow.loss, []
 
-    def overflow(x, context=None):
+    def overflow(x, context=None, **options):
         calls.append(1)
-        return loss(x) * (float("inf") if len(calls) == 10 else 1.0)
+        return loss(x, context, **options) * (float("inf") if len(calls) == 10 else 1.0)
 
     monkeypatch.setattr(run.flow, "loss", overflow)
     message = (
@@ -354,3 +423,166 @@ def test_progress_without_a_terminal(tmp_path, capfd):
     assert len(lines) == 5
     assert lines[-1].startswith("epoch 5/5  loss ")
     assert f"val_nats {run.history[-1]['val_nll']:.4g}" in lines[-1]
+
+
+# ---- labels
+
+
+def labelled(count, seed):
+    """Images whose first pixel is their class."""
+    x = images(count, seed)
+    labels = x[:, 0, 0, 0].long() % 3
+    x[:, 0, 0, 0] = labels.byte()
+    return x, labels
+
+
+SPLITS = [labelled(50, 1), labelled(20, 2), labelled(20, 3)]
+LABELLED = Dataset(
+    "classes", *(x for x, _ in SPLITS), SHAPE, 17, *(labels for _, labels in SPLITS), 3
+)
+
+
+def conditional_run(folder, config=CONFIG, data=LABELLED):
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    run = Trainer(small_flows.conditional(), {"name": "c", "settings": {}}, data, config, folder)
+    run.progress = False
+    return run
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_labels_travel_with_their_images(tmp_path, shuffle):
+    run = conditional_run(tmp_path, replace(CONFIG, epochs=2, shuffle=shuffle))
+    run.begin()
+    seen, loss = [], run.flow.loss
+
+    def look(x, context=None, **options):
+        assert context.shape == (len(x), 3)
+        assert context.dtype == torch.float32
+        assert torch.equal(context.argmax(1), x[:, 0, 0, 0].long())
+        assert torch.equal(context.sum(1), torch.ones(len(x)))
+        seen.append(x)
+        return loss(x, context, **options)
+
+    run.flow.loss = look
+    run.fit()
+    assert len(torch.cat(seen)) == 100
+    assert torch.equal(torch.cat(seen[:7]), LABELLED.train) is not shuffle
+
+
+def test_a_conditional_run_learns_from_the_classes(tmp_path):
+    """The first pixel is the class: knowing it is worth bits."""
+    run = conditional_run(tmp_path / "right", replace(CONFIG, epochs=30, angle_every=0, lr=5e-2))
+    run.begin()
+    run.fit()
+    turned = replace(LABELLED, val_labels=(LABELLED.val_labels + 1) % 3)
+    wrong = conditional_run(tmp_path / "wrong", data=turned)
+    wrong.flow.load_state_dict(run.flow.state_dict())
+    context = context_of(run.flow, LABELLED.val_labels)
+    nll = evaluate.negative_log_likelihood(run.flow, LABELLED.val, 7, context).mean().item()
+    assert run.history[-1]["val_nll"] == pytest.approx(nll, rel=1e-9)
+    row = {"epoch": 0, "step": 0}
+    wrong._measure(row)
+    assert row["val_nll"] > nll + 1
+
+
+def test_a_conditional_run_resumes_bit_for_bit(tmp_path):
+    settings = {"optimizer": "radam", "objective": "bits", "log_det_penalty": 1e-3}
+    config = replace(CONFIG, conditional=True, **settings)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run = conditional_run(whole, config)
+    run.begin()
+    assert run.fit()
+    run = conditional_run(cut, replace(config, epochs=2))
+    run.begin()
+    assert run.fit()
+    run = conditional_run(cut, config)
+    torch.manual_seed(123456)
+    run.resume(checkpoint.load(cut / "last.pt", resume=True), cut / "last.pt")
+    assert run.fit()
+    same_run(whole, cut)
+    assert checkpoint.load(cut / "last.pt")["config"]["optimizer"] == "radam"
+
+
+def test_context_of_labels():
+    flow = small_flows.conditional().double()
+    context = context_of(flow, torch.tensor([2, 0]))
+    assert context.dtype == torch.float64
+    assert context.tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert context_of(snf_ext.models.fc(SHAPE), torch.tensor([2, 0])) is None
+    with pytest.raises(UserError, match="labels must be given: the flow takes 3 classes"):
+        context_of(flow, None)
+    for bad in ([0, 3], [-1, 1]):
+        with pytest.raises(
+            UserError, match=rf"labels must lie in 0\.\.2; got {bad[0]}\.\.{bad[1]}"
+        ):
+            context_of(flow, torch.tensor(bad))
+
+
+def test_one_row_a_class():
+    labels, columns = rows_of_classes(64, 10)
+    assert columns == 7
+    assert len(labels) == 64
+    assert all(len(set(row.tolist())) == 1 for row in labels.split(columns))
+    assert labels.unique().tolist() == list(range(10))
+    labels, columns = rows_of_classes(3, 10)
+    assert (labels.tolist(), columns) == ([0, 1, 2], 1)
+
+
+# ---- layers that initialise by the data
+
+
+def actnorm_run(folder, count):
+    """Raw pixels / 17, a conditional layer that does nothing yet, then actnorm in a nest."""
+    folder.mkdir(exist_ok=True)
+    layers = [
+        snf_ext.Normalize(0.0, 17.0),
+        snf_ext.Flatten(SHAPE),
+        small_flows.ContextAffine(6, 3),
+        small_flows.Nest([snf_ext.ActNorm(6)]),
+    ]
+    flow = snf_ext.Flow(layers, SHAPE, context_features=3)
+    config = replace(CONFIG, epochs=2, actnorm_batches=count, angle_every=0)
+    return Trainer(flow, {"name": "c", "settings": {}}, LABELLED, config, folder, False)
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_first_batches_initialise_before_anything_is_measured(tmp_path, count):
+    run = actnorm_run(tmp_path, count)
+    with torch.no_grad():  # each class has its own shift, so that contexts matter
+        run.flow.bijections[2].shift += torch.arange(3.0)[:, None]
+    run.begin()
+    stream = Batches(LABELLED.train, 8, 7, True, LABELLED.train_labels).stream(1)
+    shown = [next(stream) for _ in range(count)]
+    seen = torch.cat([x.flatten(1).double() / 17 - c[:, None] for x, c in shown])
+    std = seen.std(0, correction=0)
+    assert len(seen) == {1: 8, 3: 24, 9: 50 + 16}[count]
+    state = checkpoint.load(tmp_path / "last.pt")["state"]
+    for content in (state, run.flow.state_dict()):
+        shift, log_scale = (content[f"bijections.3.rest.0.{n}"] for n in ("shift", "log_scale"))
+        torch.testing.assert_close(shift.double(), seen.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(log_scale.double().exp(), std, rtol=1e-4, atol=1e-5)
+    x = LABELLED.val.flatten(1).double() / 17 - LABELLED.val_labels[:, None]
+    z = (x - seen.mean(0)) / std
+    log_prob = -0.5 * z.square().sum(1) - std.log().sum() - 6 * math.log(17)
+    nll = 3 * math.log(2 * math.pi) - log_prob.mean().item()
+    assert run.history[0]["val_nll"] == pytest.approx(nll, rel=1e-4)
+
+
+def test_initialisation_draws_numbers_of_its_own_and_happens_once(tmp_path):
+    states = []
+    for seed in (1, 2):  # whatever came before must not matter
+        torch.manual_seed(0)
+        flow = snf_ext.Flow(
+            [snf_ext.Dequantize(17), snf_ext.Flatten(SHAPE), snf_ext.ActNorm(6)], SHAPE
+        )
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        run = Trainer(flow, {"name": "c", "settings": {}}, DATA, CONFIG, folder, False)
+        torch.manual_seed(seed)
+        run.begin()
+        states.append({name: value.clone() for name, value in flow.state_dict().items()})
+    assert_same(*states)
+    flow.bijections[2].shift.data += 1
+    run.begin()  # what is initialised stays
+    torch.testing.assert_close(flow.bijections[2].shift, states[1]["bijections.2.shift"] + 1)

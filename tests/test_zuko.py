@@ -223,7 +223,9 @@ def test_a_training_step_and_samples(family, digits):
 
 @every_family
 def test_conditional_model(family):
-    flow = autoregressive((1, 2, 2), family, layers=2, width=16, context_features=C, pixel_levels=17)
+    flow = autoregressive(
+        (1, 2, 2), family, layers=2, width=16, context_features=C, pixel_levels=17
+    )
     images, context = torch.randint(17, (8, 1, 2, 2)), torch.randn(8, C)
     context.requires_grad_()
     flow.loss(images, context).backward()

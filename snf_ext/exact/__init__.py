@@ -1,7 +1,8 @@
 """Exact log-determinants and inverses of the layers' matrices.
 
 The seam is :func:`factorize_linear` and :func:`factorize_conv2d`: layers ask them for a
-:class:`Factorization` and know nothing of how it is made. Today it is a dense LU.
+:class:`Factorization` and know nothing of how it is made: a dense LU, or one of ``(C, C)`` for 1x1
+kernels.
 """
 
 from .cache import FactorizationCache

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .. import exact, ops
-from ..bijection import FlowStep, per_sample_sum
+from ..bijection import FlowStep, per_sample_sum, walk
 from ..flow import Flow
 from ..layers import SelfNormConv2d, SelfNormLinear
+from .batches import split
+
+# A convolution's matrix has D^2 numbers, and its exact gradient needs several such.
+MAX_DENSE = 2048
+# Deep flows keep every activation in float64: these many images at a time.
+CHUNK = 50
+
+Learned: TypeAlias = SelfNormLinear | SelfNormConv2d
 
 
-def gradient_angle(flow: Flow, x: Tensor) -> dict[str, float]:
+def gradient_angle(flow: Flow, x: Tensor, context: Tensor | None = None) -> dict[str, float]:
     """Angle between the self-normalizing and the exact gradient of each layer's weight, degrees.
 
     Both are gradients of ``mean(-log N(z) - log_det)`` with respect to W (no reconstruction
@@ -30,12 +38,14 @@ def gradient_angle(flow: Flow, x: Tensor) -> dict[str, float]:
     Args:
         flow: any flow. It is copied in float64; itself, its gradients and caches stay untouched.
         x: raw data ``(B, *event_shape)``.
+        context: of each sample, for a conditional flow.
 
     Returns:
-        ``{layer name: degrees}`` in the order of ``flow.named_modules()``; empty if no layer has
-        a learned inverse. nan where a gradient is zero.
+        ``{layer name: degrees}`` in the order of ``flow.named_modules()``, at any depth; empty if
+        no layer has a learned inverse. nan where a gradient is zero. Convolutions of
+        :func:`too_large` are left out.
 
-    Cost: one forward, two backward, and O(D^3) for each layer.
+    Cost: forward and backward in float64, and O(D^3) for each layer (O(C^3) for 1x1 kernels).
     Source: SNF section 5.3 and Figure 3.
 
     >>> import snf_ext
@@ -44,14 +54,12 @@ def gradient_angle(flow: Flow, x: Tensor) -> dict[str, float]:
     >>> sorted(gradient_angle(flow, torch.randn(16, 3)))
     ['bijections.0']
     """
-    flow = copy.deepcopy(flow).double().train().requires_grad_(True)
-    layers = {
-        name: module
-        for name, module in flow.named_modules()
-        if isinstance(module, SelfNormLinear | SelfNormConv2d)
-    }
+    layers = measured(flow)
     if not layers:
         return {}
+    flow = copy.deepcopy(flow).double().train().requires_grad_(True)
+    layers = measured(flow)
+    weights = [layer.weight for layer in layers.values()]
     surrogates: list[Tensor] = []
     inputs: dict[nn.Module, torch.Size] = {}
 
@@ -62,12 +70,19 @@ def gradient_angle(flow: Flow, x: Tensor) -> dict[str, float]:
 
     for layer in layers.values():
         layer.register_forward_hook(set_aside)
+    half_data = [torch.zeros_like(weight) for weight in weights]
+    half_inverse: tuple[Tensor, ...] = ()
     with torch.enable_grad():
-        z, log_det, _ = flow(x.double())
-        data_term = -(ops.normal_log_prob(z) + log_det).mean()
-        weights = [layer.weight for layer in layers.values()]
-        half_data = torch.autograd.grad(data_term, weights, retain_graph=True)
-        half_inverse = torch.autograd.grad(-torch.stack(surrogates).sum(), weights)
+        for images, c in split(x.double(), None if context is None else context.double(), CHUNK):
+            surrogates.clear()
+            z, log_det, _ = flow(images, c)
+            data_term = -(ops.normal_log_prob(z) + log_det).sum() / len(x)
+            first = not half_inverse
+            parts = torch.autograd.grad(data_term, weights, retain_graph=first)
+            for total, part in zip(half_data, parts, strict=True):
+                total += part
+            if first:  # the same for any samples
+                half_inverse = torch.autograd.grad(-torch.stack(surrogates).sum(), weights)
         inverse = [_log_det_gradient(layer, inputs[layer]) for layer in layers.values()]
     return {
         name: _degrees(half + learned, 2 * half - true)
@@ -75,7 +90,42 @@ def gradient_angle(flow: Flow, x: Tensor) -> dict[str, float]:
     }
 
 
-def _log_det_gradient(layer: SelfNormLinear | SelfNormConv2d, size: torch.Size) -> Tensor:
+def measured(flow: Flow) -> dict[str, Learned]:
+    """The layers, by name, whose angle :func:`gradient_angle` measures."""
+    large = too_large(flow)
+    return {
+        name: module
+        for name, module in flow.named_modules()
+        if isinstance(module, Learned) and name not in large
+    }
+
+
+def too_large(flow: Flow) -> dict[str, int]:
+    """Convolutions larger than 1x1 whose matrix has more than 2,048 rows: name and rows."""
+    rows = {
+        part: math.prod(shape)
+        for part, shape in walk(list(flow.bijections), flow.event_shape)  # type: ignore[arg-type]
+        if isinstance(part, SelfNormConv2d) and part.weight.shape[2:] != (1, 1)
+    }
+    return {
+        name: rows[module]
+        for name, module in flow.named_modules()
+        if isinstance(module, SelfNormConv2d) and rows.get(module, 0) > MAX_DENSE
+    }
+
+
+def left_out(flow: Flow) -> str | None:
+    """One line on the layers whose angle is not measured, None if there are none."""
+    large = too_large(flow)
+    if not large:
+        return None
+    return (
+        f"no gradient angle for {len(large)} convolutions: their matrices have up to "
+        f"{max(large.values())} rows, more than {MAX_DENSE}"
+    )
+
+
+def _log_det_gradient(layer: Learned, size: torch.Size) -> Tensor:
     """The exact gradient of ``log |det|`` of the layer's matrix with respect to its weight."""
     weight = layer.weight.detach().requires_grad_(True)
     if isinstance(layer, SelfNormLinear):

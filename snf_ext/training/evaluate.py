@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bijection import Bijection, per_sample_sum
+from ..bijection import Bijection, FlowStep, per_sample_sum, pull, push
 from ..flow import Flow
+from .batches import Batch, split
 from .seeds import seeded
 
 # Fixed, because the dequantization noise of an image depends on its place in the batch.
@@ -50,74 +51,88 @@ def bits_per_dim(nats: float, event_shape: tuple[int, ...]) -> float:
     return nats / (math.prod(event_shape) * math.log(2))
 
 
-def negative_log_likelihood(flow: Flow, images: Tensor, seed: int = 0) -> Tensor:
+def negative_log_likelihood(
+    flow: Flow, images: Tensor, seed: int = 0, context: Tensor | None = None
+) -> Tensor:
     """Exact ``-log p(x)`` of each image in nats, ``(N,)`` float64 on the CPU.
 
     Dequantization noise comes from ``seed`` alone, so figures of one set can be compared; the
     caller's random numbers and the flow's mode are left as they were.
     """
     with _measuring(flow, images, seed):
-        return torch.cat([-flow.log_prob(x).double().cpu() for x in _batches(flow, images)])
+        return torch.cat(
+            [-flow.log_prob(x, c).double().cpu() for x, c in _batches(flow, images, context)]
+        )
 
 
 def reconstruction_error(
-    flow: Flow, images: Tensor, seed: int = 0
+    flow: Flow, images: Tensor, seed: int = 0, context: Tensor | None = None
 ) -> tuple[float, dict[str, float]]:
     """``(reconstruction, layer_recon)`` as in :class:`Evaluation`."""
-    total, layers = 0.0, dict.fromkeys(_learned(flow), 0.0)
+    total, count = 0.0, len(images)
     before, rest = split_preprocessing(flow)
-    with _measuring(flow, images, seed):
-        for x in _batches(flow, images):
-            for bijection in before:
-                x = bijection(x).z
-            h = x
-            for name, bijection in rest.items():
-                step = bijection(h)
-                h = step.z
-                if name in layers:
-                    layers[name] += per_sample_sum(step.recon).double().sum().item()
-            for bijection in reversed(rest.values()):
-                h = bijection.inverse(h)
-            total += (h - x).double().square().sum().item()
-    count = len(images)
+    with _measuring(flow, images, seed), _layer_recon(flow) as layers:
+        for x, c in _batches(flow, images, context):
+            u = push(before, x, c, exact=False).z
+            back = pull(rest, push(rest, u, c, exact=False).z, c, exact=False)
+            total += (back - u).double().square().sum().item()
     return total / count, {name: value / count for name, value in layers.items()}
 
 
-def evaluate(flow: Flow, images: Tensor, seed: int = 0) -> Evaluation:
+@contextmanager
+def _layer_recon(flow: Flow) -> Iterator[dict[str, float]]:
+    """Sums up the residuals of all layers with a learned inverse, however deep they stand."""
+    layers: dict[str, float] = {}
+
+    def add(name: str, step: FlowStep) -> None:
+        layers[name] += per_sample_sum(step.recon).double().sum().item()
+
+    hooks = []
+    for name, module in flow.named_modules():
+        if hasattr(module, "weight_inv"):
+            layers[name] = 0.0
+            hooks.append(
+                module.register_forward_hook(lambda _, args, step, name=name: add(name, step))
+            )
+    try:
+        yield layers
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def evaluate(
+    flow: Flow, images: Tensor, seed: int = 0, context: Tensor | None = None
+) -> Evaluation:
     """Measure ``flow`` on raw ``images`` ``(N, *event_shape)``; see :class:`Evaluation`.
+
+    Args:
+        flow: any flow.
+        images: raw.
+        seed: of the dequantization noise.
+        context: of each image, for a conditional flow.
 
     Cost: O(D^3) once for the determinants, O(N D^2) for the rest.
 
     >>> import snf_ext
-    >>> flow = snf_ext.models.fc((1, 2, 2), levels=17)
+    >>> flow = snf_ext.models.fc((1, 2, 2), pixel_levels=17)
     >>> result = evaluate(flow, torch.randint(17, (10, 1, 2, 2), dtype=torch.uint8))
     >>> result.images, sorted(result.layer_recon)
     (10, ['bijections.4', 'bijections.6'])
     """
-    nll = negative_log_likelihood(flow, images, seed)
+    nll = negative_log_likelihood(flow, images, seed, context)
     mean = nll.mean().item()
-    recon, layers = reconstruction_error(flow, images, seed)
+    recon, layers = reconstruction_error(flow, images, seed, context)
     error = nll.std(correction=0).item() / math.sqrt(len(nll))
     bits = bits_per_dim(mean, flow.event_shape)
     return Evaluation(len(nll), mean, error, bits, recon, layers)
 
 
-def split_preprocessing(flow: Flow) -> tuple[list[Bijection], dict[str, Bijection]]:
-    """The leading bijections without parameters, and the rest by name."""
-    steps: dict[str, Bijection] = {
-        f"bijections.{i}": bijection  # type: ignore[misc]
-        for i, bijection in enumerate(flow.bijections)
-    }
-    before = []
-    for name, bijection in list(steps.items()):
-        if any(True for _ in bijection.parameters()):
-            break
-        before.append(steps.pop(name))
-    return before, steps
-
-
-def _learned(flow: Flow) -> list[str]:
-    return [f"bijections.{i}" for i, b in enumerate(flow.bijections) if hasattr(b, "weight_inv")]
+def split_preprocessing(flow: Flow) -> tuple[list[Bijection], list[Bijection]]:
+    """The leading bijections without parameters, and the rest."""
+    steps: list[Bijection] = list(flow.bijections)  # type: ignore[arg-type]
+    first = next((i for i, step in enumerate(steps) if any(True for _ in step.parameters())), None)
+    return steps[:first], [] if first is None else steps[first:]
 
 
 def device_of(flow: Flow) -> torch.device:
@@ -125,9 +140,9 @@ def device_of(flow: Flow) -> torch.device:
     return next((p.device for p in flow.parameters()), torch.device("cpu"))
 
 
-def _batches(flow: Flow, images: Tensor) -> Iterator[Tensor]:
-    for batch in images.split(BATCH):
-        yield batch.to(device_of(flow))
+def _batches(flow: Flow, images: Tensor, context: Tensor | None) -> Iterator[Batch]:
+    for x, c in split(images, context, BATCH):
+        yield Batch(x.to(device_of(flow)), c)
 
 
 @contextmanager

@@ -19,11 +19,11 @@ MAX_BYTES = 2**33  # a header that asks for more is damaged
 
 
 def read_idx(path: Path, event_shape: tuple[int, ...] = (28, 28)) -> Tensor:
-    """Read the images of an IDX file, gzipped or not.
+    """Read the images, or with ``event_shape=()`` the labels, of an IDX file, gzipped or not.
 
     Args:
         path: the file. Whether it is gzipped is told by its first bytes, not by its name.
-        event_shape: the shape that each image must have.
+        event_shape: the shape that each image must have, ``()`` for labels.
 
     Returns:
         ``(N, *event_shape)``, uint8.
@@ -35,7 +35,8 @@ def read_idx(path: Path, event_shape: tuple[int, ...] = (28, 28)) -> Tensor:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; an IDX file of images must be there")
+        what = "images" if event_shape else "labels"
+        raise FileNotFoundError(f"{path} does not exist; an IDX file of {what} must be there")
     with open(path, "rb") as raw:
         zipped = raw.read(2) == GZIP_MAGIC
     opened = gzip.open if zipped else open
@@ -50,11 +51,12 @@ def _read(path: Path, stream: BinaryIO, event_shape: tuple[int, ...]) -> Tensor:
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0":
         raise UserError(f"{path} must start with an IDX magic number 0x0000....; got {_hex(magic)}")
-    rank = 1 + len(event_shape)
+    rank, what = 1 + len(event_shape), "images" if event_shape else "labels"
     if magic[2] != UNSIGNED_BYTE:
         raise UserError(f"{path} must hold unsigned bytes (type 0x08); got type {magic[2]:#04x}")
     if magic[3] != rank:
-        raise UserError(f"{path} must have {rank} dimensions (N, H, W); got {magic[3]}")
+        wanted = "3 dimensions (N, H, W)" if event_shape else "1 dimension (N)"
+        raise UserError(f"{path} must have {wanted}; got {magic[3]}")
     header = stream.read(4 * rank)
     if len(header) < 4 * rank:
         raise UserError(f"{path} must have a header of {4 + 4 * rank} bytes; got {4 + len(header)}")
@@ -63,13 +65,13 @@ def _read(path: Path, stream: BinaryIO, event_shape: tuple[int, ...]) -> Tensor:
         raise UserError(f"{path} must hold images of {event_shape}; got {shape[1:]}")
     size = torch.Size(shape).numel()
     if size == 0:
-        raise UserError(f"{path} must hold at least one image; got none")
+        raise UserError(f"{path} must hold at least one {what[:-1]}; got none")
     if size > MAX_BYTES:
         raise UserError(f"{path} must hold at most {MAX_BYTES} bytes; its header says {size}")
     body = bytearray(stream.read(size))
     if len(body) < size or stream.read(1):
         extra = "more" if len(body) == size else str(len(body))
-        raise UserError(f"{path} must hold {size} bytes of images, as its header says; got {extra}")
+        raise UserError(f"{path} must hold {size} bytes of {what}, as its header says; got {extra}")
     return torch.frombuffer(body, dtype=torch.uint8).reshape(shape)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..flow import Flow
 from .checkpoint import write_aside
+from .context import context_of, rows_of_classes
 from .errors import require
 from .evaluate import device_of
 from .seeds import seeded
@@ -23,25 +24,27 @@ CURVES = (
 )
 
 
-def grid(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
+def grid(images: Tensor, pixel_levels: int, columns: int | None = None) -> Tensor:
     """Tile images into one picture.
 
     Args:
-        images: ``(N, C, H, W)``, C 1 or 3, values 0 .. levels - 1; what lies outside is clamped,
-            what is not a number is shown black.
-        levels: number of values.
+        images: ``(N, C, H, W)``, C 1 or 3, values 0 .. pixel_levels - 1; what lies outside is
+            clamped, what is not a number is shown black.
+        pixel_levels: number of values.
         columns: of the grid; about as many as rows if None.
 
     Returns:
         ``(height, width, C)`` float32 in [0, 1], one black pixel between images.
 
-    >>> grid(torch.full((4, 1, 2, 2), 16), levels=17).shape
+    >>> grid(torch.full((4, 1, 2, 2), 16), pixel_levels=17).shape
     torch.Size([5, 5, 1])
     """
     count, channels, height, width = images.shape
     columns = columns or max(1, math.ceil(math.sqrt(count)))
     rows = -(-count // columns)
-    scaled = images.detach().cpu().float().nan_to_num(0.0).clamp(0, levels - 1) / (levels - 1)
+    scaled = images.detach().cpu().float().nan_to_num(0.0).clamp(0, pixel_levels - 1) / (
+        pixel_levels - 1
+    )
     canvas = torch.zeros(rows * (height + 1) - 1, columns * (width + 1) - 1, channels)
     for index, image in enumerate(scaled):
         top, left = index // columns * (height + 1), index % columns * (width + 1)
@@ -53,34 +56,48 @@ def grid(images: Tensor, levels: int, columns: int | None = None) -> Tensor:
 def save_samples(
     path: Path,
     flow: Flow,
-    levels: int,
+    pixel_levels: int,
     count: int = 64,
     seed: int = 0,
     temperature: float = 1.0,
     sides: tuple[str, ...] = ("learned", "exact"),
+    label: int | None = None,
 ) -> None:
     """Samples from one noise, by the learned and by the exact inverse side by side (SNF Figure 2).
 
     Args:
         path: the PNG file.
         flow: with images as events.
-        levels: number of values of a pixel.
+        pixel_levels: number of values of a pixel.
         count: samples a side.
         seed: of the noise.
         temperature: standard deviation of the noise.
         sides: which inverses to show.
+        label: the class of all samples of a conditional flow; one row a class if None.
     """
     device, panels = device_of(flow), {}
+    labels, columns, kind = None, None, ""
+    if label is not None:
+        labels, kind = torch.full((count,), label), f" of class {label}"
+    elif flow.context_features:
+        labels, columns = rows_of_classes(count, flow.context_features)
+        kind = ", one row a class,"
+    context = context_of(flow, labels)
     for side in sides:
         with seeded(device, seed, "sample"):
-            images = flow.sample(count, exact=side == "exact", temperature=temperature)
-        panels[f"{side} inverse" + _not_finite(images)] = grid(images, levels)
-    _save_panels(path, f"{count} samples from the same noise", panels)
+            images = flow.sample(count, context, exact=side == "exact", temperature=temperature)
+        panels[f"{side} inverse" + _not_finite(images)] = grid(images, pixel_levels, columns)
+    _save_panels(path, f"{count} samples{kind} from the same noise", panels)
 
 
 @torch.no_grad()
 def save_reconstructions(
-    path: Path, flow: Flow, images: Tensor, levels: int, seed: int = 0
+    path: Path,
+    flow: Flow,
+    images: Tensor,
+    pixel_levels: int,
+    seed: int = 0,
+    context: Tensor | None = None,
 ) -> None:
     """Images, and what the learned and the exact inverse make of their noise.
 
@@ -88,18 +105,19 @@ def save_reconstructions(
         path: the PNG file.
         flow: with images as events.
         images: raw, ``(N, C, H, W)``.
-        levels: number of values of a pixel.
+        pixel_levels: number of values of a pixel.
         seed: of the dequantization.
+        context: of each image, for a conditional flow.
     """
     device, training = device_of(flow), flow.training
     with seeded(device, seed, "reconstruct"):
-        z = flow.eval()(images.to(device)).z
+        z = flow.eval()(images.to(device), context).z
         flow.train(training)
-    learned, exact = flow.inverse(z), flow.inverse(z, exact=True)
+    learned, exact = flow.inverse(z, context), flow.inverse(z, context, exact=True)
     panels = {
-        "data": grid(images, levels),
-        "learned inverse" + _not_finite(learned): grid(learned, levels),
-        "exact inverse" + _not_finite(exact): grid(exact, levels),
+        "data": grid(images, pixel_levels),
+        "learned inverse" + _not_finite(learned): grid(learned, pixel_levels),
+        "exact inverse" + _not_finite(exact): grid(exact, pixel_levels),
     }
     _save_panels(path, "reconstructions x → z → x", panels)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from ..flow import Flow
 from . import checkpoint, pictures
-from .angle import gradient_angle, mean_angle
+from .angle import gradient_angle, left_out, mean_angle
 from .config import Config
+from .context import context_of
 from .data import Dataset
 from .errors import UserError, require
 from .evaluate import Evaluation, device_of, evaluate
@@ -121,6 +123,8 @@ def train(
     with seeded(device, config.seed, "initialize"):
         flow = build(model).to(device)
     flow.recon_weight = config.recon_weight
+    if config.angle_every and (note := left_out(flow)):
+        print(note, file=sys.stderr)
     trainer = Trainer(flow, model, data, config, folder, progress)
     if resume is None:
         checkpoint.write_json(folder / "config.json", config.to_dict())
@@ -141,7 +145,8 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     flow, data, folder = trainer.flow, trainer.data, trainer.folder
     seed, best = trainer.config.seed, folder / "best.pt"
     checkpoint.load_weights(flow, checkpoint.load(best), best)
-    test, angles = measure(flow, data.test, seed)
+    context = context_of(flow, data.test_labels)
+    test, angles = measure(flow, data.test, seed, context)
     result = {
         "epochs": trainer.epoch,
         "best_epoch": trainer.best["epoch"],
@@ -156,19 +161,29 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     checkpoint.write_json(folder / "result.json", result)
     title = f"{trainer.config.model} on {data.name}"
     pictures.save_curves(folder / "curves.png", trainer.history, title)
-    pictures.save_samples(folder / "samples.png", flow, data.levels, PICTURED, seed)
+    rows = flow.context_features or 1  # one a class, all of the same length
+    count = -(-PICTURED // rows) * rows
+    pictures.save_samples(folder / "samples.png", flow, data.pixel_levels, count, seed)
     pictures.save_reconstructions(
-        folder / "reconstructions.png", flow, data.test[:PICTURED], data.levels, seed
+        folder / "reconstructions.png",
+        flow,
+        data.test[:PICTURED],
+        data.pixel_levels,
+        seed,
+        None if context is None else context[:PICTURED],
     )
     return result
 
 
-def measure(flow: Flow, images: Tensor, seed: int) -> tuple[Evaluation, dict[str, float]]:
+def measure(
+    flow: Flow, images: Tensor, seed: int, context: Tensor | None = None
+) -> tuple[Evaluation, dict[str, float]]:
     """Likelihood and reconstruction on ``images``, and each layer's gradient angle on the first."""
     device = device_of(flow)
-    result = evaluate(flow, images, seed)
+    result = evaluate(flow, images, seed, context)
+    first = None if context is None else context[:MONITORED]
     with seeded(device, seed, "angle"):
-        return result, gradient_angle(flow, images[:MONITORED].to(device))
+        return result, gradient_angle(flow, images[:MONITORED].to(device), first)
 
 
 def check_extras() -> None:
