@@ -117,9 +117,9 @@ def test_lu_matrix_is_p_l_u():
     n = np.arange(5)
     p = np.zeros((5, 5))
     p[n, layer.permutation.numpy()] = 1
-    lower = np.tril(layer.lower.detach().numpy(), -1) + np.eye(5)
+    lower = np.tril(layer.lu.detach().numpy(), -1) + np.eye(5)
     s = layer.sign.numpy() * np.exp(layer.log_s.detach().numpy())
-    upper = np.triu(layer.upper.detach().numpy(), 1) + np.diag(s)
+    upper = np.triu(layer.lu.detach().numpy(), 1) + np.diag(s)
     np.testing.assert_allclose(layer.matrix().detach().numpy(), p @ lower @ upper, atol=1e-12)
 
 

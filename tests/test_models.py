@@ -212,7 +212,7 @@ def test_penalty_reaches_layers_behind_a_split():
     layers = kinds(flow, snf_ext.LUConv1x1)
     assert len(layers) == 4
     pixels = {4: 16, 8: 4}
-    want = sum((pixels[m.channels] * m.log_s.sum()) ** 2 for m in layers)
+    want = sum((pixels[m.shape.channels] * m.log_s.sum()) ** 2 for m in layers)
     torch.testing.assert_close(more, want.detach(), rtol=1e-6, atol=1e-9)
 
 

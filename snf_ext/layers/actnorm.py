@@ -28,8 +28,8 @@ class ActNorm(Bijection):
 
     - Before its first training batch, and in evaluation mode always, the layer only applies what
       it has: a new one is the identity. ``inverse`` never initialises.
-    - A channel that was constant so far (one pixel at batch size 1 is) says nothing about its
-      scale, and gets the scale 1. No scale is below 1e-6.
+    - A channel that was constant so far, to a millionth of its size (one pixel at batch size 1
+      is), says nothing about its scale, and gets the scale 1. No scale is below 1e-6.
     - Empty batches are not counted.
     - With ``torch.distributed`` in use the sums are those of all ranks.
     - What has been counted is saved with the state: a loaded layer goes on where it was.
@@ -127,12 +127,16 @@ class ActNorm(Bijection):
         kept = {name: getattr(self, name) for name in ("sums", "elements")}
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
-            setattr(self, name, fn(tensor.view(torch.int64)).view(torch.float64))
+            moved = fn(tensor.view(torch.int64))  # as integers, which casts leave alone
+            if moved.dtype != torch.int64:  # but for .type()
+                moved = tensor.to(moved.device).view(torch.int64)
+            setattr(self, name, moved.view(torch.float64))
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._left = int(self.batches_left)
+        if not self.batches_left.is_meta:
+            self._left = int(self.batches_left)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, init_batches={self.init_batches}"

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bijection import Bijection, FlowStep, per_sample_sum, per_sample_zeros, wide_dtype
+from ..reference.elementwise import LOG_SCALE_BOUND
 from .event import check_context, check_events, checked_event_shape, checked_size
-
-LOG_SCALE_BOUND = 2.0
 
 
 class ComponentwiseAffine(Bijection):

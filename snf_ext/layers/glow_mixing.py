@@ -114,8 +114,8 @@ class LUConv1x1(_Conv1x1):
         channels: C.
         bias: whether there is a c.
 
-    Parameters: ``lower`` and ``upper`` ``(C, C)``, of which only the part below and above the
-    diagonal is read; ``log_s`` ``(C,)``, ``s = sign exp(log_s)``; ``bias`` c ``(C,)`` or None.
+    Parameters: ``lu`` ``(C, C)``, L below and U above the diagonal, which is not read;
+    ``log_s`` ``(C,)``, ``s = sign exp(log_s)``; ``bias`` c ``(C,)`` or None.
     Buffers: ``permutation`` ``(C,)``, row i of W is row ``permutation[i]`` of the rest; ``sign``.
     They start at the factors of a random orthogonal matrix, c at 0.
 
@@ -135,18 +135,16 @@ class LUConv1x1(_Conv1x1):
         super().__init__(channels, bias)
         permutation, lower, upper = torch.linalg.lu(_orthogonal(channels))
         s = upper.diagonal()
-        self.lower = nn.Parameter(lower.tril(-1))
-        self.upper = nn.Parameter(upper.triu(1))
+        self.lu = nn.Parameter(lower.tril(-1) + upper.triu(1))
         self.log_s = nn.Parameter(s.abs().log())
         self.register_buffer("permutation", permutation.argmax(1))
         self.register_buffer("sign", s.sign())
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        wide = wide_dtype(self.lower.dtype)
-        diagonal = self.sign.to(wide) * self.log_s.to(wide).exp()
-        identity = torch.eye(self.shape.channels, dtype=wide, device=self.lower.device)
-        lower = self.lower.to(wide).tril(-1) + identity
-        return lower, self.upper.to(wide).triu(1) + diagonal.diag_embed()
+        lu = self.lu.to(wide_dtype(self.lu.dtype))
+        diagonal = self.sign.to(lu) * self.log_s.to(lu).exp()
+        identity = torch.eye(self.shape.channels, dtype=lu.dtype, device=lu.device)
+        return lu.tril(-1) + identity, lu.triu(1) + diagonal.diag_embed()
 
     def matrix(self) -> Tensor:
         lower, upper = self._factors()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..bijection import Bijection, FlowStep, per_sample_zeros
-from .event import checked_size
+from .event import check_events, checked_size
 
 
 class Flatten(Bijection):
@@ -27,13 +27,9 @@ class Flatten(Bijection):
         self.event_shape = tuple(event_shape)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
-        if tuple(x.shape[1:]) != self.event_shape:
-            raise ValueError(
-                f"x must have shape [B, ...] with events {list(self.event_shape)}; "
-                f"got {list(x.shape)}"
-            )
-        zeros = per_sample_zeros(x)
-        return FlowStep(x.reshape(x.shape[0], math.prod(self.event_shape)), zeros, zeros)
+        check_events(x, "x", self.event_shape)
+        vectors = x.reshape(x.shape[0], math.prod(self.event_shape))
+        return FlowStep(vectors, *_two_zeros(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
         return z.reshape(z.shape[0], *self.event_shape)
