@@ -9,6 +9,7 @@ import torch
 
 import snf_ext
 from snf_ext import models
+from snf_ext.bijection import walk
 
 SMALL = (1, 8, 8)
 MIXINGS = [*models.CONV, *models.CONV_1X1]
@@ -98,7 +99,7 @@ def test_layers_of_glow(mixing):
         return first + width * width + width + last
 
     def mix(c):
-        return {"self_norm": 2 * c * c + c, "plain": c * c + c, "lu": c * c + c}[mixing]
+        return {"self_norm": 2 * c * c + c, "plain": c * c + c, "lu": c * c + 2 * c}[mixing]
 
     want = coupling(4)  # split prior
     for channels in (4, 8):  # 4x14x14, half of it squeezed to 8x7x7
@@ -125,9 +126,13 @@ def test_compared_variants_differ_in_the_mixing_layer_alone():
         rest = []
         for name in names:
             flow = VARIANTS[name]()
-            mixing = [m for m in flow.modules() if getattr(m, "mixing", False)]
-            assert all(m.bias.numel() in (4, 8, 64) for m in mixing)
-            own = {id(p) for m in mixing for p in m.parameters()}
+            walked = walk(flow.bijections, flow.event_shape)
+            mixing = [(m, shape) for m, shape in walked if m.mixing]
+            assert mixing
+            for m, shape in mixing:
+                biases = [p.numel() for n, p in m.named_parameters() if n.split(".")[-1] == "bias"]
+                assert biases == [shape[0]]
+            own = {id(p) for m, _ in mixing for p in m.parameters()}
             rest.append(sum(p.numel() for p in flow.parameters() if id(p) not in own))
         assert len(set(rest)) == 1
 
