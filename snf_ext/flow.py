@@ -110,16 +110,19 @@ class Flow(nn.Module):
             loss = loss / (math.prod(self.event_shape) * math.log(2))
         _refuse_non_finite_input(x, loss)
         if log_det_penalty > 0:
-            loss = loss + log_det_penalty * self._squared_log_dets(x)
+            loss = loss + log_det_penalty * self.squared_log_dets()
         return loss
 
-    def _squared_log_dets(self, like: Tensor) -> Tensor:
-        """Sum over the mixing layers of the square of their exact log-determinant."""
-        weights = next(self.parameters(), like)
-        total = torch.zeros((), dtype=wide_dtype(weights.dtype), device=weights.device)
+    def squared_log_dets(self) -> Tensor:
+        """Sum over the mixing layers of the square of their exact log-determinant, a scalar.
+
+        In nats squared; its gradient is exact, or the learned inverse's. Cost: as in :meth:`loss`.
+        """
+        like = next(self.parameters(), torch.empty(0))
+        total = torch.zeros((), dtype=wide_dtype(like.dtype), device=like.device)
         for bijection, shape in walk(self._steps(), self.event_shape):
             if bijection.mixing:  # the same for every sample, so that one will do
-                sample = torch.zeros((1, *shape), dtype=weights.dtype, device=weights.device)
+                sample = torch.zeros((1, *shape), dtype=like.dtype, device=like.device)
                 log_det = per_sample_sum(bijection.exact_forward(sample).log_det)
                 total = total + log_det.square().sum()
         return total
