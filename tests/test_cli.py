@@ -17,6 +17,7 @@ import torch
 
 from snf_ext import SelfNormConv2d, cli, models
 from snf_ext.training import angle, checkpoint, loop
+from snf_ext.training.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 QUICK = ["train", "--model", "fc", "--no-progress", "--angle-every", "0"]
@@ -285,6 +286,14 @@ def test_conditional_runs(classes, capsys):
     assert checkpoint.load(Path("a/last.pt"))["epoch"] == 3
 
 
+def test_a_model_without_context(tmp_path, monkeypatch):
+    monkeypatch.setitem(cli.MODELS, "plain", lambda event_shape, *, pixel_levels: None)
+    message = r"model plain takes no context; leave out --conditional; models that do: fc, conv, gl"
+    with pytest.raises(UserError, match=message):
+        cli.train(cli.Train(model="plain", conditional=True))
+    assert not list(tmp_path.iterdir())
+
+
 def test_samples_of_a_class(classes, tmp_path, capsys, monkeypatch):
     contexts, sample = [], cli.Flow.sample
 
@@ -360,10 +369,6 @@ BAD = {
     "npz": (
         "train --data images --data-dir full/file",
         "full/file must be a whole .npz file of plain arrays; got ValueError",
-    ),
-    "context": (
-        "train --conditional --model fc",
-        "model fc takes no context; leave out --conditional",
     ),
     "penalty": ("train --log-det-penalty -1", "log_det_penalty must be finite, not negative"),
     "actnorm": ("train --actnorm-batches 0", "actnorm_batches must be at least 1; got 0"),
