@@ -98,4 +98,26 @@ void check_conv2d(
   check_alike(x, "bias", bias);
 }
 
+void check_triangular(const at::Tensor& z, const at::Tensor& weight) {
+  TORCH_CHECK_TYPE(
+      at::isFloatingType(z.scalar_type()), "z must be a floating-point tensor; got ",
+      dtype_name(z));
+  TORCH_CHECK_VALUE(z.dim() == 4, "z must have shape [B, C, H, W]; got ", z.sizes());
+  const int64_t channels = z.size(1);
+  TORCH_CHECK_VALUE(
+      channels >= 1 && z.size(2) >= 1 && z.size(3) >= 1,
+      "z must have at least one channel and pixel; got ", z.sizes());
+  TORCH_CHECK_VALUE(
+      weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == channels &&
+          weight.size(2) >= 1 && weight.size(3) >= 1,
+      "weight must have shape [C, C, kh, kw] = [", channels, ", ", channels, ", kh, kw]; got ",
+      weight.sizes());
+  TORCH_CHECK_TYPE(
+      weight.scalar_type() == z.scalar_type(), "weight must have the dtype of z, ", dtype_name(z),
+      "; got ", dtype_name(weight));
+  TORCH_CHECK_VALUE(
+      weight.device() == z.device(), "weight must be on the device of z, ", z.device(), "; got ",
+      weight.device());
+}
+
 }  // namespace snf

@@ -20,4 +20,6 @@ void check_conv2d(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_inv,
     const OptionalTensor& bias, int64_t dilation, int64_t groups);
 
+void check_triangular(const at::Tensor& z, const at::Tensor& weight);
+
 }  // namespace snf

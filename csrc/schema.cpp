@@ -24,4 +24,7 @@ TORCH_LIBRARY(snf_ext, m) {
       "snf_conv2d_backward(Tensor grad_z, Tensor? grad_log_det, Tensor? grad_recon, Tensor x,"
       " Tensor z, Tensor residual, Tensor weight, Tensor weight_inv, Tensor? bias, int dilation,"
       " int groups, bool circular, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // No backward of its own: gradients are registered in snf_ext/ops/triangular.py.
+  m.def("triangular_conv2d_solve(Tensor z, Tensor weight, bool upper=False) -> Tensor");
 }

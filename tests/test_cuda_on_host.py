@@ -248,6 +248,14 @@ FAULTS = [
         CONV2D,
         {"plain": "divergent barrier"},
     ),
+    Fault(
+        "no barrier between one anti-diagonal and the next",
+        "triangular_conv2d_kernels",
+        "__syncthreads();  // these channels are there",
+        "// these channels are there",
+        ("test_triangular_conv2d",),
+        RACE,
+    ),
 ]
 
 
@@ -307,7 +315,7 @@ def clone(tmp_path_factory):
 @pytest.mark.slow
 def test_operators(clone):
     """Every test of the operators but those of the CPU's own kernels."""
-    files = [f"tests/test_{name}.py" for name in ("ops", "parity", "layers", "flow")]
+    files = [f"tests/test_{name}.py" for name in ("ops", "triangular", "parity", "layers", "flow")]
     chosen = "not reference and not threads and not pool and not cpu_only"
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     assert " passed" in succeed(*command, "-k", chosen, *files, cwd=clone)
