@@ -20,4 +20,8 @@ void check_conv2d(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_inv,
     const OptionalTensor& bias, int64_t dilation, int64_t groups);
 
+void check_rq_spline(
+    const at::Tensor& x, const at::Tensor& widths, const at::Tensor& heights,
+    const at::Tensor& derivatives, double tail_bound);
+
 }  // namespace snf

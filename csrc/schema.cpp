@@ -24,4 +24,12 @@ TORCH_LIBRARY(snf_ext, m) {
       "snf_conv2d_backward(Tensor grad_z, Tensor? grad_log_det, Tensor? grad_recon, Tensor x,"
       " Tensor z, Tensor residual, Tensor weight, Tensor weight_inv, Tensor? bias, int dilation,"
       " int groups, bool circular, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  m.def(
+      "rq_spline(Tensor x, Tensor widths, Tensor heights, Tensor derivatives, float tail_bound,"
+      " bool inverse=False) -> (Tensor y, Tensor log_abs_det)");
+  m.def(
+      "rq_spline_backward(Tensor? grad_y, Tensor? grad_log_abs_det, Tensor x, Tensor widths,"
+      " Tensor heights, Tensor derivatives, float tail_bound, bool inverse, bool[4] output_mask)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
 }
