@@ -18,7 +18,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-__all__ = ["CONV", "LINEAR", "MODELS", "ConvCase", "LinearCase", "ModelCase", "table"]
+__all__ = [
+    "CONV",
+    "LINEAR",
+    "MODELS",
+    "SPLINE",
+    "ConvCase",
+    "LinearCase",
+    "ModelCase",
+    "SplineCase",
+    "table",
+]
 
 FLOAT = 4  # bytes
 
@@ -125,6 +135,31 @@ class ModelCase:
         return self.layers * self.layer.launches
 
 
+@dataclass(frozen=True)
+class SplineCase:
+    """One rational-quadratic spline with parameters shared by the batch, forward and backward."""
+
+    features: int
+    bins: int
+    batch: int
+    targets: Mapping[str, float] = field(default_factory=dict)
+    quick: bool = True
+    graph_us: Mapping[str, float] = field(default_factory=dict)
+
+    launches: ClassVar[int] = 3  # forward; backward, the sum of its partial gradients
+    flops: ClassVar[float] = 0.0  # no products
+
+    @property
+    def name(self) -> str:
+        return f"{self.batch}x{self.features} bins={self.bins}"
+
+    @property
+    def bytes(self) -> int:
+        """x read and y written; x and the gradient of y read and that of x written."""
+        parameters = 3 * self.features * (3 * self.bins - 1)
+        return FLOAT * (5 * self.batch * self.features + parameters + 2 * self.batch)
+
+
 PRODUCTS = {"products (out=)": 0.85, "products (fresh)": 0.85}
 
 LINEAR = (
@@ -153,6 +188,13 @@ CONV = (
 MODELS = (
     # At most 0.4 of the public code's time, whose base density is the D x D normal.
     ModelCase("fc 2 layers 1x28x28", (1, 28, 28), 2, targets={"composed, DxD base": 2.5}),
+)
+
+OTHERS = {"nflows": 15.0, "normflows": 15.0, "zuko": 5.0}
+
+SPLINE = (
+    SplineCase(784, 5, 100, targets=OTHERS),
+    SplineCase(3072, 8, 128, targets=OTHERS),
 )
 
 # What torch.compile makes of the merged equations, replayed as one graph and with its own graphs.
@@ -192,12 +234,16 @@ CONV_CUDA = (
 MODELS_CUDA = (ModelCase("fc 2 layers 1x28x28", (1, 28, 28), 2),)
 
 
-def table(suite: str, device_type: str = "cpu") -> Sequence[LinearCase | ConvCase | ModelCase]:
-    """The cases of "linear", "conv" or "models" that belong to a kind of device."""
+Case = LinearCase | ConvCase | ModelCase | SplineCase
+
+
+def table(suite: str, device_type: str = "cpu") -> Sequence[Case]:
+    """The cases of "linear", "conv", "models" or "spline" that belong to a kind of device."""
     cuda = device_type == "cuda"
-    tables: Mapping[str, Sequence[LinearCase | ConvCase | ModelCase]] = {
+    tables: Mapping[str, Sequence[Case]] = {
         "linear": LINEAR_CUDA if cuda else LINEAR,
         "conv": CONV_CUDA if cuda else CONV,
         "models": MODELS_CUDA if cuda else MODELS,
+        "spline": () if cuda else SPLINE,
     }
     return tables[suite]

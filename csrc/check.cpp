@@ -1,6 +1,8 @@
 #include "check.h"
 
+#include <limits>
 #include <sstream>
+#include <vector>
 
 namespace snf {
 namespace {
@@ -43,6 +45,15 @@ void check_alike(const at::Tensor& x, const char* name, const OptionalTensor& ot
   TORCH_CHECK_VALUE(
       other->device() == x.device(), name, " must be on the device of x, ", x.device(), "; got ",
       other->device());
+}
+
+// As Python writes it, for the numbers that are refused: 0.0, -1.5, inf, nan.
+std::string python_float(double value) {
+  std::ostringstream text;
+  text.precision(12);
+  text << value;
+  const std::string plain = text.str();
+  return plain.find_first_of(".enf") == std::string::npos ? plain + ".0" : plain;
 }
 
 }  // namespace
@@ -118,6 +129,38 @@ void check_triangular(const at::Tensor& z, const at::Tensor& weight) {
   TORCH_CHECK_VALUE(
       weight.device() == z.device(), "weight must be on the device of z, ", z.device(), "; got ",
       weight.device());
+}
+
+void check_rq_spline(
+    const at::Tensor& x, const at::Tensor& widths, const at::Tensor& heights,
+    const at::Tensor& derivatives, double tail_bound) {
+  check_floating(x);
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x must have shape [B, ...]; got ", x.sizes());
+  const at::IntArrayRef event = x.sizes().slice(1);
+  const int64_t bins = widths.dim() == 0 ? 0 : widths.size(-1);
+  TORCH_CHECK_VALUE(
+      1 <= bins && bins <= 999, "widths must have 1 to 999 bins in its last dimension; got ", bins);
+  const at::IntArrayRef sets = widths.sizes().slice(0, widths.dim() - 1);
+  const bool own = sets.size() == event.size() + 1 && sets.slice(1) == event &&
+                   (sets[0] == 1 || sets[0] == x.size(0));
+  TORCH_CHECK_VALUE(
+      sets == event || own, "widths must have shape [..., K] with [...] = ", event,
+      " (shared by the batch) or ", x.sizes(), " (one set an element); got ", widths.sizes());
+  TORCH_CHECK_VALUE(
+      heights.sizes() == widths.sizes(), "heights must have the shape of widths, ", widths.sizes(),
+      "; got ", heights.sizes());
+  std::vector<int64_t> inner = widths.sizes().vec();
+  inner.back() = bins - 1;
+  TORCH_CHECK_VALUE(
+      derivatives.sizes() == at::IntArrayRef(inner),
+      "derivatives must have shape [..., K - 1] = ", at::IntArrayRef(inner), "; got ",
+      derivatives.sizes());
+  TORCH_CHECK_VALUE(
+      0 < tail_bound && tail_bound < std::numeric_limits<double>::infinity(),
+      "tail_bound must be positive and finite; got ", python_float(tail_bound));
+  check_alike(x, "widths", widths);
+  check_alike(x, "heights", heights);
+  check_alike(x, "derivatives", derivatives);
 }
 
 }  // namespace snf

@@ -22,4 +22,8 @@ void check_conv2d(
 
 void check_triangular(const at::Tensor& z, const at::Tensor& weight);
 
+void check_rq_spline(
+    const at::Tensor& x, const at::Tensor& widths, const at::Tensor& heights,
+    const at::Tensor& derivatives, double tail_bound);
+
 }  // namespace snf

@@ -18,7 +18,7 @@ void explain(const c10::OperatorHandle& op, torch::jit::Stack*) {
 TORCH_LIBRARY_IMPL(snf_ext, CUDA, m) {
   for (const char* name :
        {"snf_linear_forward", "snf_linear_backward", "snf_conv2d_forward", "snf_conv2d_backward",
-        "triangular_conv2d_solve"})
+        "triangular_conv2d_solve", "rq_spline", "rq_spline_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&explain>());
 }
 

@@ -27,4 +27,12 @@ TORCH_LIBRARY(snf_ext, m) {
 
   // No backward of its own: gradients are registered in snf_ext/ops/triangular.py.
   m.def("triangular_conv2d_solve(Tensor z, Tensor weight, bool upper=False) -> Tensor");
+
+  m.def(
+      "rq_spline(Tensor x, Tensor widths, Tensor heights, Tensor derivatives, float tail_bound,"
+      " bool inverse=False) -> (Tensor y, Tensor log_abs_det)");
+  m.def(
+      "rq_spline_backward(Tensor? grad_y, Tensor? grad_log_abs_det, Tensor x, Tensor widths,"
+      " Tensor heights, Tensor derivatives, float tail_bound, bool inverse, bool[4] output_mask)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -13,6 +13,7 @@ from .checks import check_rq_spline
 
 MIN_WIDTH = MIN_HEIGHT = 1e-3  # of a bin, as a share of the interval
 MIN_DERIVATIVE = 1e-3
+MAX_DERIVATIVE = 1e15  # squares and ratios of slopes stay finite in float32
 # Added to a raw derivative, so that 0 stands for the slope 1 of the tails.
 UNIT_SLOPE = math.log(math.expm1(1 - MIN_DERIVATIVE))
 
@@ -33,7 +34,8 @@ def rq_spline(
         y = y_k + h (s t^2 + d_k t (1 - t)) / (s + (d_k + d_{k+1} - 2 s) t (1 - t))
 
     Widths and heights are a softmax of the raw parameters, slopes a softplus, each at least 1e-3
-    of the interval and 1e-3; the slopes at both ends are 1, and raw derivatives of 0 mean 1.
+    of the interval and 1e-3, slopes at most 1e15; the slopes at both ends are 1, and raw
+    derivatives of 0 mean 1. Infinities and NaN in x are themselves outside: y = x.
 
     Args:
         x: ``(B, *S)``.
@@ -64,7 +66,7 @@ def rq_spline(
     knots_x = _knots(widths.to(wide), MIN_WIDTH, tail_bound)
     knots_y = _knots(heights.to(wide), MIN_HEIGHT, tail_bound)
     slope = MIN_DERIVATIVE + F.softplus(derivatives.to(wide) + UNIT_SLOPE)
-    slopes = F.pad(slope, (1, 1), value=1.0)
+    slopes = F.pad(slope.clamp(max=MAX_DERIVATIVE), (1, 1), value=1.0)
 
     inside = (v >= -tail_bound) & (v <= tail_bound)
     # Elsewhere any point of the interval will do: its result is not used.
@@ -78,33 +80,39 @@ def rq_spline(
     )
     w, h = x1 - x0, y1 - y0
     s = h / w
-    bend = d0 + d1 - 2 * s
-    t = _inverse_place(p - y0, h, s, d0, bend) if inverse else (p - x0) / w
-    t = t.clamp(0, 1)
-    both = t * (1 - t)
-    below = s + bend * both
-    y = x0 + w * t if inverse else y0 + h * (s * t * t + d0 * both) / below
-    log_slope = (
-        torch.log(d1 * t * t + 2 * s * both + d0 * (1 - t).square())
-        + 2 * torch.log(s)
-        - 2 * torch.log(below)
-    )
+    t = _inverse_place((p - y0) / h, s, d0, d1) if inverse else ((p - x0) / w).clamp(0, 1)
+    both, u = t * (1 - t), 1 - t
+    # The denominator s + (d0 + d1 - 2 s) t (1 - t), as a sum of positive terms.
+    below = s * (1 - 2 * both) + (d0 + d1) * both
+    y = x0 + w * t if inverse else y0 + h * ((s * t * t + d0 * both) / below)
+    ratio = s / below
+    log_slope = torch.log((d1 * t * t + 2 * s * both + d0 * u * u) * ratio * ratio)
     log_slope = torch.where(inside, -log_slope if inverse else log_slope, torch.zeros_like(v))
     return torch.where(inside, y, v).to(x.dtype), per_sample_sum(log_slope)
 
 
 def _knots(raw: Tensor, smallest: float, tail_bound: float) -> Tensor:
     """The K + 1 knots on ``[-T, T]`` of raw bin sizes."""
-    bins = raw.shape[-1]
-    sizes = smallest + (1 - smallest * bins) * torch.softmax(raw, -1)
+    sizes = _bin_sizes(raw, smallest)
     inner = 2 * tail_bound * sizes.cumsum(-1)[..., :-1] - tail_bound
     return F.pad(F.pad(inner, (1, 0), value=-tail_bound), (0, 1), value=tail_bound)
 
 
-def _inverse_place(up: Tensor, h: Tensor, s: Tensor, d0: Tensor, bend: Tensor) -> Tensor:
-    """t for a point ``up`` above the bin's lower end: the root of a quadratic."""
-    a = h * (s - d0) + up * bend
-    b = h * d0 - up * bend
-    c = -s * up
-    root = torch.sqrt((b * b - 4 * a * c).clamp(min=torch.finfo(up.dtype).tiny))
-    return 2 * c / (-b - root)
+def _bin_sizes(raw: Tensor, smallest: float = MIN_WIDTH) -> Tensor:
+    """Shares of the interval."""
+    return smallest + (1 - smallest * raw.shape[-1]) * torch.softmax(raw, -1)
+
+
+def _inverse_place(v: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
+    """t for a value at the share v of its bin's height.
+
+    The root of ``(s - q) t^2 + q t - s v = 0`` with ``q = d0 (1 - v) - d1 v + 2 s v``; its
+    discriminant is a sum of positive terms, and each sign of q has a form that does not cancel.
+    """
+    v = v.clamp(0, 1)
+    m = d0 * (1 - v) - d1 * v
+    q = m + 2 * s * v
+    root = torch.sqrt(m * m + 4 * s * s * (v * (1 - v)))
+    above = torch.where(q >= 0, 2 * s * v, root - q)
+    below = torch.where(q >= 0, q + root, 2 * (s - q))
+    return (above / below).clamp(0, 1)
