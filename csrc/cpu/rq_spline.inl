@@ -185,14 +185,15 @@ void forward_row(const SplineJob<T>& job, const Tile<T>& tile, int64_t row, int 
       const T t = inverse ? spline::place_of_y(bin, p[i]) : spline::place_of_x(bin, p[i]);
       const T value = inverse ? spline::x_at(bin, t) : spline::y_at(bin, t);
       const bool inside = (v[i] >= -bound) & (v[i] <= bound);
-      slopes[i] = inside ? spline::slope_at(bin, t) : T(1);
+      slopes[i] = inside & (lane + i < lanes) ? spline::slope_at(bin, t) : T(1);
       v[i] = inside ? value : v[i];
     }
-    for (int i = 0; i < kBlock; ++i) {
-      const T log = elementary::log(slopes[i]);
-      logs[lane + i] = lane + i < lanes ? (inverse ? -log : log) : T(0);
-    }
+    // By itself and without conditions, or the loop is not made vector code; log 1 is 0 exactly.
+    T* const to = logs + lane;
+    for (int i = 0; i < kBlock; ++i) to[i] = elementary::log(slopes[i]);
   }
+  if (inverse)
+    for (int i = 0; i < kLanes; ++i) logs[i] = -logs[i];
   copy(x, lanes, job.y + at);
   sum_samples(logs, lanes, job.segment, job.log_sums + job.sample(row));
 }
