@@ -150,7 +150,7 @@ def test_kernels(name, tmp_path):
     passes(program(name, "plain", tmp_path))
 
 
-@pytest.mark.parametrize("name", ["test_conv2d", "test_pointwise"])
+@pytest.mark.parametrize("name", ["test_conv2d", "test_pointwise", "test_elementwise"])
 def test_kernels_with_other_numbers(name, tmp_path):
     passes(program(name, "plain", tmp_path), "7")
 
@@ -248,6 +248,14 @@ FAULTS = [
         CONV2D,
         {"plain": "divergent barrier"},
     ),
+    Fault(
+        "a share of the samples too many",
+        "elementwise_kernels",
+        "share < shares; ++share",
+        "share <= shares; ++share",
+        ("test_elementwise",),
+        {"plain": "FAILED", "address": "heap-buffer-overflow"},
+    ),
 ]
 
 
@@ -307,7 +315,7 @@ def clone(tmp_path_factory):
 @pytest.mark.slow
 def test_operators(clone):
     """Every test of the operators but those of the CPU's own kernels."""
-    files = [f"tests/test_{name}.py" for name in ("ops", "parity", "layers", "flow")]
+    files = [f"tests/test_{name}.py" for name in ("ops", "elementwise", "parity", "layers", "flow")]
     chosen = "not reference and not threads and not pool and not cpu_only"
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     assert " passed" in succeed(*command, "-k", chosen, *files, cwd=clone)
