@@ -1,4 +1,5 @@
 #include "check.h"
+#include "check_elementwise.h"
 
 #include <limits>
 #include <sstream>
@@ -161,6 +162,47 @@ void check_rq_spline(
   check_alike(x, "widths", widths);
   check_alike(x, "heights", heights);
   check_alike(x, "derivatives", derivatives);
+}
+
+void check_batch(const at::Tensor& x, const char* name) {
+  TORCH_CHECK_TYPE(
+      at::isFloatingType(x.scalar_type()), name, " must be a floating-point tensor; got ",
+      dtype_name(x));
+  TORCH_CHECK_VALUE(x.dim() >= 1, name, " must have shape [B, ...]; got ", x.sizes());
+}
+
+void check_alpha(double alpha) {
+  TORCH_CHECK_VALUE(0 < alpha && alpha <= 1, "alpha must be in (0, 1]; got ", alpha);
+}
+
+void check_alpha(double alpha, double low, double high) {
+  TORCH_CHECK_VALUE(
+      low <= alpha && alpha < high, "alpha must be in [", low, ", ", high, "); got ", alpha);
+}
+
+void check_actnorm(const at::Tensor& x, const at::Tensor& shift, const at::Tensor& log_scale) {
+  check_floating(x);
+  TORCH_CHECK_VALUE(x.dim() >= 2, "x must have shape [B, C, ...]; got ", x.sizes());
+  const std::initializer_list<std::pair<const char*, const at::Tensor&>> vectors = {
+      {"shift", shift}, {"log_scale", log_scale}};
+  for (const auto& [name, vector] : vectors)
+    TORCH_CHECK_VALUE(
+        vector.dim() == 1 && vector.size(0) == x.size(1), name, " must have shape [C] = [",
+        x.size(1), "]; got ", vector.sizes());
+  check_alike(x, "shift", shift);
+  check_alike(x, "log_scale", log_scale);
+}
+
+void check_affine_coupling(const at::Tensor& x, const at::Tensor& params) {
+  check_floating(x);
+  TORCH_CHECK_VALUE(x.dim() >= 2, "x must have shape [B, C, ...]; got ", x.sizes());
+  const bool fits = params.dim() == x.dim() && params.size(0) == x.size(0) &&
+                    params.sizes().slice(2) == x.sizes().slice(2);
+  TORCH_CHECK_VALUE(
+      fits && params.size(1) % 2 == 0 && 2 <= params.size(1) && params.size(1) <= 2 * x.size(1),
+      "params must have shape [B, 2T, ...] with T from 1 to C, for x of ", x.sizes(), "; got ",
+      params.sizes());
+  check_alike(x, "params", params);
 }
 
 }  // namespace snf

@@ -18,7 +18,11 @@ void explain(const c10::OperatorHandle& op, torch::jit::Stack*) {
 TORCH_LIBRARY_IMPL(snf_ext, CUDA, m) {
   for (const char* name :
        {"snf_linear_forward", "snf_linear_backward", "snf_conv2d_forward", "snf_conv2d_backward",
-        "triangular_conv2d_solve", "rq_spline", "rq_spline_backward"})
+        "triangular_conv2d_solve", "rq_spline", "rq_spline_backward", "smooth_leaky_relu",
+        "smooth_leaky_relu_backward", "smooth_leaky_relu_inverse",
+        "smooth_leaky_relu_inverse_backward", "actnorm", "actnorm_backward", "affine_coupling",
+        "affine_coupling_backward", "logit", "logit_backward", "normal_log_prob",
+        "normal_log_prob_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&explain>());
 }
 

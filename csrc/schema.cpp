@@ -35,4 +35,33 @@ TORCH_LIBRARY(snf_ext, m) {
       "rq_spline_backward(Tensor? grad_y, Tensor? grad_log_abs_det, Tensor x, Tensor widths,"
       " Tensor heights, Tensor derivatives, float tail_bound, bool inverse, bool[4] output_mask)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
+
+  m.def("smooth_leaky_relu(Tensor x, float alpha) -> (Tensor y, Tensor log_abs_det)");
+  m.def(
+      "smooth_leaky_relu_backward(Tensor grad_y, Tensor? grad_log_abs_det, Tensor x, float alpha)"
+      " -> Tensor");
+  m.def(
+      "smooth_leaky_relu_inverse(Tensor z, float alpha)"
+      " -> (Tensor x, Tensor log_abs_det, Tensor iterations)");
+  m.def(
+      "smooth_leaky_relu_inverse_backward(Tensor grad_x, Tensor? grad_log_abs_det, Tensor x,"
+      " float alpha) -> Tensor");
+  m.def(
+      "actnorm(Tensor x, Tensor shift, Tensor log_scale, bool inverse=False)"
+      " -> (Tensor y, Tensor log_abs_det)");
+  m.def(
+      "actnorm_backward(Tensor grad_y, Tensor? grad_log_abs_det, Tensor x, Tensor shift,"
+      " Tensor log_scale, bool inverse, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "affine_coupling(Tensor x, Tensor params, bool inverse=False)"
+      " -> (Tensor y, Tensor log_abs_det)");
+  m.def(
+      "affine_coupling_backward(Tensor grad_y, Tensor? grad_log_abs_det, Tensor x, Tensor params,"
+      " bool inverse, bool[2] output_mask) -> (Tensor, Tensor)");
+  m.def("logit(Tensor x, float alpha, bool inverse=False) -> (Tensor y, Tensor log_abs_det)");
+  m.def(
+      "logit_backward(Tensor grad_y, Tensor? grad_log_abs_det, Tensor x, float alpha, bool inverse)"
+      " -> Tensor");
+  m.def("normal_log_prob(Tensor z) -> Tensor");
+  m.def("normal_log_prob_backward(Tensor grad_log_prob, Tensor z) -> Tensor");
 }

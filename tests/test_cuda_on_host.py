@@ -150,7 +150,7 @@ def test_kernels(name, tmp_path):
     passes(program(name, "plain", tmp_path))
 
 
-@pytest.mark.parametrize("name", ["test_conv2d", "test_pointwise"])
+@pytest.mark.parametrize("name", ["test_conv2d", "test_pointwise", "test_elementwise"])
 def test_kernels_with_other_numbers(name, tmp_path):
     passes(program(name, "plain", tmp_path), "7")
 
@@ -256,6 +256,14 @@ FAULTS = [
         ("test_triangular_conv2d",),
         RACE,
     ),
+    Fault(
+        "a share of the samples too many",
+        "elementwise_kernels",
+        "share < shares; ++share",
+        "share <= shares; ++share",
+        ("test_elementwise",),
+        {"plain": "FAILED", "address": "heap-buffer-overflow"},
+    ),
 ]
 
 
@@ -315,7 +323,8 @@ def clone(tmp_path_factory):
 @pytest.mark.slow
 def test_operators(clone):
     """Every test of the operators but those of the CPU's own kernels."""
-    files = [f"tests/test_{name}.py" for name in ("ops", "triangular", "parity", "layers", "flow")]
+    names = ("ops", "elementwise", "triangular", "parity", "layers", "flow")
+    files = [f"tests/test_{name}.py" for name in names]
     chosen = "not reference and not threads and not pool and not cpu_only"
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     assert " passed" in succeed(*command, "-k", chosen, *files, cwd=clone)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..bijection import Bijection, FlowStep, per_sample_sum, per_sample_zeros, push, wide_dtype
+from ..bijection import Bijection, FlowStep, per_sample_zeros, push
 from .coupling import AffineCoupling
 from .event import check_events, checked_event_shape, checked_size
 
@@ -172,16 +172,11 @@ class Logit(Bijection):
         self.alpha = alpha
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
-        inner = 1 - 2 * self.alpha
-        wide = x.to(wide_dtype(x.dtype))
-        log_s = torch.log(self.alpha + inner * wide)
-        # 1 - s from 1 - x: near x = 1, s itself has lost the digits.
-        log_1ms = torch.log(self.alpha + inner * (1 - wide))
-        log_det = per_sample_sum(math.log(inner) - log_s - log_1ms)
-        return FlowStep((log_s - log_1ms).to(x.dtype), log_det, per_sample_zeros(x))
+        z, log_det = ops.logit(x, self.alpha)
+        return FlowStep(z, log_det, per_sample_zeros(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
-        return (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)
+        return ops.logit(z, self.alpha, inverse=True)[0]
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"
