@@ -60,8 +60,12 @@ class LinearCase:
         return FLOAT * (activations + 6 * self.features**2 + 3 * self.features + 4 * self.batch)
 
     @property
+    def parameters(self) -> int:
+        return 2 * self.features**2 + self.features
+
+    @property
     def adam_bytes(self) -> int:
-        return 7 * FLOAT * (2 * self.features**2 + self.features)
+        return 7 * FLOAT * self.parameters
 
 
 @dataclass(frozen=True)
@@ -99,40 +103,9 @@ class ConvCase:
         kernels = 6 * self.channels**2 * self.kernel**2
         return FLOAT * (activations + kernels + 3 * self.channels + 4 * self.batch)
 
-
-@dataclass(frozen=True)
-class ModelCase:
-    """One training step of the fully connected model: loss, backward and Adam."""
-
-    name: str
-    event_shape: tuple[int, int, int]
-    layers: int
-    batch: int = 100
-    targets: Mapping[str, float] = field(default_factory=dict)
-    quick: bool = True
-    graph_us: Mapping[str, float] = field(default_factory=dict)
-
     @property
-    def layer(self) -> LinearCase:
-        """One of its layers, which are all that is counted."""
-        return LinearCase(math.prod(self.event_shape), self.batch)
-
-    @property
-    def flops(self) -> float:
-        """Operations of the six products of every layer."""
-        return self.layers * self.layer.flops
-
-    @property
-    def bytes(self) -> int:
-        return self.layers * self.layer.bytes
-
-    @property
-    def adam_bytes(self) -> int:
-        return self.layers * self.layer.adam_bytes
-
-    @property
-    def launches(self) -> int:
-        return self.layers * self.layer.launches
+    def parameters(self) -> int:
+        return 2 * self.channels**2 * self.kernel**2 + self.channels
 
 
 @dataclass(frozen=True)
@@ -154,10 +127,70 @@ class SplineCase:
         return f"{self.batch}x{self.features} bins={self.bins}"
 
     @property
+    def parameters(self) -> int:
+        return self.features * (3 * self.bins - 1)
+
+    @property
     def bytes(self) -> int:
         """x read and y written; x and the gradient of y read and that of x written."""
-        parameters = 3 * self.features * (3 * self.bins - 1)
-        return FLOAT * (5 * self.batch * self.features + parameters + 2 * self.batch)
+        activations = 5 * self.batch * self.features
+        return FLOAT * (activations + 3 * self.parameters + 2 * self.batch)
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One training step of a model: loss, backward and Adam.
+
+    ``model`` is "fc", linear layers, or "conv", 3x3 convolutions in ``blocks`` with a squeeze
+    between the blocks and a spline of 5 bins after each convolution but the last.
+    """
+
+    name: str
+    event_shape: tuple[int, int, int]
+    layers: int
+    batch: int = 100
+    targets: Mapping[str, float] = field(default_factory=dict)
+    quick: bool = True
+    graph_us: Mapping[str, float] = field(default_factory=dict)
+    model: str = "fc"
+    blocks: int = 1
+
+    @property
+    def parts(self) -> list[LinearCase | ConvCase | SplineCase]:
+        """What is counted: linear layers, convolutions, splines. Not the rest, done in passing."""
+        channels, height, width = self.event_shape
+        features = math.prod(self.event_shape)
+        if self.model == "fc":
+            return [LinearCase(features, self.batch)] * self.layers
+        parts: list[LinearCase | ConvCase | SplineCase] = []
+        for index in range(self.layers):
+            scale = 2 ** (index // (self.layers // self.blocks))
+            shape = (channels * scale**2, height // scale, width // scale)
+            parts.append(ConvCase(*shape, 3, self.batch))
+            if index + 1 < self.layers:
+                parts.append(SplineCase(features, 5, self.batch))
+        return parts
+
+    @property
+    def flops(self) -> float:
+        """Operations of the six products of every layer."""
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def parameters(self) -> int:
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def adam_bytes(self) -> int:
+        return 7 * FLOAT * self.parameters
+
+    @property
+    def launches(self) -> int:
+        return sum(part.launches for part in self.parts)
 
 
 PRODUCTS = {"products (out=)": 0.85, "products (fresh)": 0.85}
@@ -188,6 +221,14 @@ CONV = (
 MODELS = (
     # At most 0.4 of the public code's time, whose base density is the D x D normal.
     ModelCase("fc 2 layers 1x28x28", (1, 28, 28), 2, targets={"composed, DxD base": 2.5}),
+    ModelCase(
+        "conv 9 layers 1x28x28",
+        (1, 28, 28),
+        9,
+        targets={"composed, DxD base": 8.0},
+        model="conv",
+        blocks=3,
+    ),
 )
 
 OTHERS = {"nflows": 15.0, "normflows": 15.0, "zuko": 5.0}
@@ -231,7 +272,10 @@ CONV_CUDA = (
     ConvCase(64, 8, 8, 3, 100, targets=COMPILED),
 )
 
-MODELS_CUDA = (ModelCase("fc 2 layers 1x28x28", (1, 28, 28), 2),)
+MODELS_CUDA = (
+    ModelCase("fc 2 layers 1x28x28", (1, 28, 28), 2),
+    ModelCase("conv 9 layers 1x28x28", (1, 28, 28), 9, model="conv", blocks=3),
+)
 
 
 Case = LinearCase | ConvCase | ModelCase | SplineCase

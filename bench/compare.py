@@ -23,7 +23,7 @@ import torch
 
 import snf_ext
 
-from . import cases, floors, graphs, report, spline, steps
+from . import cases, dispatches, floors, graphs, models, report, spline, steps
 from .timing import Noise, Variant, interleave, machine_noise
 
 SUITES: dict[str, Callable[..., list[Variant]]] = {
@@ -90,9 +90,15 @@ def _measure(case: Any, result: _Result) -> None:
     """Checks and times the variants of one case, and adds what it finds to the result.
 
     Raises:
-        RuntimeError: a step fails, or two do not leave the same gradients.
+        RuntimeError: a step fails, or two do not leave the same gradients; a model's likelihood or
+            gradients are not those of the composition.
     """
     args, rates = result.args, result.rates
+    if isinstance(case, cases.ModelCase):
+        for backend in (
+            ("native", "reference") if steps.native_is_built(args.device) else ("reference",)
+        ):
+            models.check_agreement(case, backend, args.device)
     variants = SUITES[args.suite](case, compiled=args.compile, device=args.device)
     variants = without_broken_compiled(variants, lambda text: result.note(f"{case.name}: {text}"))
     if args.graph:
@@ -104,6 +110,7 @@ def _measure(case: Any, result: _Result) -> None:
                 (result.problem if failed else result.note)(text)
         variants += captured
     check_gradients(variants)
+    counts = _dispatches(variants) if isinstance(case, cases.ModelCase) else {}
     timings = interleave(
         variants, rounds=args.rounds, min_sample=args.min_sample, device=args.device
     )
@@ -120,7 +127,22 @@ def _measure(case: Any, result: _Result) -> None:
         floors=bounds,
     )
     report.print_table(found)
+    if counts:
+        for row in found:
+            row["dispatches"] = counts.get(row["variant"])
+        listed = "; ".join(f"{name} {number}" for name, number in counts.items())
+        print(f"operators dispatched a step: {listed}\n", flush=True)
     result.rows += found
+
+
+def _dispatches(variants: Sequence[Variant]) -> dict[str, int]:
+    """Operators that a training step of each variant dispatches; a replayed graph does none."""
+    counts = {}
+    for v in variants:
+        if v.adam and not v.name.endswith(", graph"):
+            with v.context():
+                counts[v.name] = dispatches.count(v.step).total()
+    return counts
 
 
 class _Result:

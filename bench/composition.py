@@ -1,6 +1,7 @@
 """The training step of the paper's public code, composed of stock PyTorch operations.
 
-This is the baseline that the native layers are compared with. It follows the public code's manner:
+This is the baseline that the native layers are compared with; the spline and the convolutional
+model are in ``composed_conv``. It follows the public code's manner:
 
 - separate deltas: one weight gradient per term, nothing merged (ten products a layer and step);
 - the multiplicity is found by convolving ones over the whole batch, in every step;
@@ -29,6 +30,7 @@ from torch.distributions import MultivariateNormal
 __all__ = [
     "ComposedConv2d",
     "ComposedFC",
+    "ComposedFlow",
     "ComposedLinear",
     "SmoothLeakyReLU",
     "base_distribution",
@@ -154,16 +156,19 @@ class SmoothLeakyReLU(nn.Module):
 
 
 def base_distribution(
-    features: int, name: str, device: torch.device | str = "cpu"
+    features: int,
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> torch.distributions.Distribution:
     """Standard normal over D features.
 
     "multivariate" holds a D x D covariance, as the public code does: each log_prob is a triangular
     solve, O(B D^2). "normal" is the same density at O(B D).
     """
-    zeros = torch.zeros(features, device=device)
+    zeros = torch.zeros(features, device=device, dtype=dtype)
     if name == "multivariate":
-        eye = torch.eye(features, device=device)
+        eye = torch.eye(features, device=device, dtype=dtype)
         return MultivariateNormal(zeros, eye, validate_args=False)
     if name == "normal":
         scalar = torch.distributions.Normal(zeros, torch.ones_like(zeros), validate_args=False)
@@ -171,33 +176,30 @@ def base_distribution(
     raise ValueError(f"base must be 'multivariate' or 'normal'; got {name!r}")
 
 
-class ComposedFC(nn.Module):
-    """Fully connected flow on images 0..255 in the manner of the public code.
+class ComposedFlow(nn.Module):
+    """What the composed models share: images 0..255 in, log-likelihood and gradients out.
 
-    Uniform dequantization, x / 256, the squeeze by 1e-6, logit, then linear layers with a smooth
-    leaky ReLU between them. Every preprocessing step computes its own log-determinant.
+    Uniform dequantization, x / 256, the squeeze by 1e-6, logit. Every preprocessing step computes
+    its own log-determinant. The squeeze is (x + a)(1 - 2a) with a = 1e-6, as in the public code,
+    2 a^2 less than the package's a + (1 - 2a) x.
 
-    The device is chosen here, once: a distribution does not follow ``to``.
+    Device and dtype are chosen here, once: a distribution does not follow ``to``.
     """
 
     def __init__(
         self,
-        event_shape: tuple[int, ...] = (1, 28, 28),
-        layers: int = 2,
-        base: str = "multivariate",
-        recon_weight: float = 1.0,
-        device: torch.device | str = "cpu",
+        features: int,
+        base: str,
+        recon_weight: float,
+        device: torch.device | str,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        features = torch.Size(event_shape).numel()
         alpha = 1e-6
-        self.linears = nn.ModuleList(ComposedLinear(features) for _ in range(layers))
-        self.activation = SmoothLeakyReLU(0.3)
-        self.base = base_distribution(features, base, device)
+        self.base = base_distribution(features, base, device, dtype)
         self.recon_weight = recon_weight
-        self.register_buffer("shifts", torch.tensor([0.0, -alpha]))
-        self.register_buffer("scales", torch.tensor([256.0, 1 / (1 - 2 * alpha)]))
-        self.to(device)
+        self.register_buffer("shifts", torch.tensor([0.0, -alpha], dtype=dtype))
+        self.register_buffer("scales", torch.tensor([256.0, 1 / (1 - 2 * alpha)], dtype=dtype))
 
     def _preprocess(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x + torch.rand_like(x)
@@ -208,8 +210,48 @@ class ComposedFC(nn.Module):
         log_det = log_det + (-torch.log(x) - torch.log(1 - x)).flatten(1).sum(-1)
         return torch.log(x) - torch.log(1 - x), log_det
 
+    def _push(self, x: Tensor, log_det: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+        """From preprocessed images (B, C, H, W) to z and log_det with what the layers add."""
+        raise NotImplementedError
+
     def _log_prob(self, x: Tensor, exact: bool) -> Tensor:
-        x, log_det = self._preprocess(x)
+        z, log_det = self._push(*self._preprocess(x), exact)
+        return self.base.log_prob(z.flatten(1)) + log_det
+
+    @torch.no_grad()
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Exact log-likelihood of images x, (B, C, H, W) -> (B,), nats; dense determinants."""
+        return self._log_prob(x, exact=True)
+
+    def training_backward(self, x: Tensor) -> None:
+        """Gradients of the mean negative log-likelihood and of the penalties."""
+        loss = -self._log_prob(x, exact=False).sum() / len(x)
+        layers = [m for m in self.modules() if isinstance(m, ComposedConv2d)]
+        composed_backward(loss, layers, self.recon_weight)
+
+
+class ComposedFC(ComposedFlow):
+    """Fully connected flow in the manner of the public code.
+
+    Linear layers with a smooth leaky ReLU between them, on images 0..255.
+    """
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...] = (1, 28, 28),
+        layers: int = 2,
+        base: str = "multivariate",
+        recon_weight: float = 1.0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        features = torch.Size(event_shape).numel()
+        super().__init__(features, base, recon_weight, device, dtype)
+        self.linears = nn.ModuleList(ComposedLinear(features) for _ in range(layers))
+        self.activation = SmoothLeakyReLU(0.3)
+        self.to(device, dtype)
+
+    def _push(self, x: Tensor, log_det: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
         x = x.flatten(1)
         for i, linear in enumerate(self.linears):
             x = linear(x)
@@ -218,14 +260,4 @@ class ComposedFC(nn.Module):
             if i + 1 < len(self.linears):
                 x, slope = self.activation(x)
                 log_det = log_det + slope
-        return self.base.log_prob(x) + log_det
-
-    @torch.no_grad()
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Exact log-likelihood of images x, (B, C, H, W) -> (B,), nats."""
-        return self._log_prob(x, exact=True)
-
-    def training_backward(self, x: Tensor) -> None:
-        """Gradients of the mean negative log-likelihood and of the penalties."""
-        loss = -self._log_prob(x, exact=False).sum() / len(x)
-        composed_backward(loss, self.linears, self.recon_weight)  # type: ignore[arg-type]
+        return x, log_det

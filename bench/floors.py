@@ -24,7 +24,7 @@ FORMULA = (
     "floor = max(operations / rate, bytes / copy bandwidth, launches * 2 us); operations: the six "
     "products, at the float32 rate, with TF32 four of them at its rate; bytes: each input and each "
     "output of the forward and of the backward operator once, with Adam 7 numbers a parameter "
-    "more; launches: of the native step (convolution 3, linear 8, Adam 2)"
+    "more; launches: of the native step (convolution 3, spline 3, linear 8, Adam 2)"
 )
 
 

@@ -9,6 +9,7 @@ would be a dozen small kernels, several times the layer.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,12 +21,14 @@ from snf_ext.layers.relative import relative_linear
 
 from . import baselines
 from .cases import ConvCase, LinearCase, ModelCase
-from .composition import ComposedConv2d, ComposedFC, ComposedLinear
+from .composition import ComposedConv2d, ComposedLinear
 from .floors import allow_tf32
+from .models import composed_like, make_flow
 from .timing import Variant, product_step
 
 __all__ = [
     "GPU_STEP",
+    "backends",
     "conv_variants",
     "linear_variants",
     "model_variants",
@@ -50,6 +53,11 @@ End = Callable[..., None]  # the rest of a step, from (z, log_det, recon) or the
 def native_is_built(device: torch.device | str = "cpu") -> bool:
     """Whether the native backend can be timed on the device."""
     return bool(snf_ext.build_info()["cuda" if _is_cuda(device) else "cpp"])
+
+
+def backends(device: torch.device | str = "cpu") -> list[str]:
+    """The backends of the package that can be timed on the device."""
+    return ["native", "reference"] if native_is_built(device) else ["reference"]
 
 
 def _is_cuda(device: torch.device | str) -> bool:
@@ -283,25 +291,24 @@ def conv_variants(
 def model_variants(
     case: ModelCase, *, compiled: bool = False, device: torch.device | str = "cpu"
 ) -> list[Variant]:
-    """Training steps of the fully connected model: zero_grad, loss, backward, Adam.
+    """Training steps of a model: zero_grad, loss, backward, Adam.
 
-    Both sides get the same images and the same optimizer; "fused Adam" is torch's own option, and
-    the only one of the two that a CUDA graph can hold.
+    All start from the same numbers, and get the same images and the same optimizer; "fused Adam"
+    is torch's own option, and the only one of the two that a CUDA graph can hold.
     """
     torch.manual_seed(0)
+    start = make_flow(case).to(device).train()
     x = torch.randint(256, (case.batch, *case.event_shape), device=device).float()
     variants = []
-    backends = ["native", "reference"] if native_is_built(device) else ["reference"]
-    for backend in backends:
+    for backend in backends(device):
         for fused in (False, True):
-            flow = snf_ext.models.fc(event_shape=case.event_shape, layers=case.layers).to(device)
-            flow.train()
+            flow = copy.deepcopy(start)
             step = _train(flow, lambda flow=flow: flow.loss(x).backward(), fused)
             name = f"{backend}, fused Adam" if fused else backend
             no_graph = "" if fused else ADAM_ON_HOST
             variants.append(Variant(name, step, _backend(backend), no_graph=no_graph, adam=True))
     for label, base in (("DxD base", "multivariate"), ("normal base", "normal")):
-        composed = ComposedFC(case.event_shape, case.layers, base=base, device=device)
+        composed = composed_like(start, case, base)
         step = _train(composed, lambda flow=composed: flow.training_backward(x), fused=False)
         variants.append(Variant(f"composed, {label}", step, no_graph=ADAM_ON_HOST, adam=True))
     if not _is_cuda(device):

@@ -11,7 +11,8 @@ import torch
 # Last in the path, so that an installed package is not shadowed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import baselines
+from bench import baselines, cases, models, steps
+from bench.composed_conv import ComposedConv, ComposedSpline
 from bench.composition import (
     ComposedConv2d,
     ComposedFC,
@@ -158,6 +159,108 @@ def test_model_gradients_and_exact_likelihood():
         expected = -0.5 * (z.square() + torch.log(torch.tensor(2 * torch.pi))).sum()
         expected = expected + torch.linalg.slogdet(jacobian.double())[1].float()
         torch.testing.assert_close(actual[i], expected.detach(), rtol=1e-4, atol=1e-2)
+
+
+# ---- The spline and the convolutional model ------------------------------------------------------
+
+SMALL = {
+    "fc": cases.ModelCase("fc", (1, 4, 4), 2),
+    "conv": cases.ModelCase("conv", (1, 8, 8), 6, model="conv", blocks=3),
+}
+
+
+@needs_parity
+def test_spline_reproduces_the_public_code():
+    data = _parity("spline")
+    spline = ComposedSpline((6,)).double()
+    raw = {"w": spline.widths, "h": spline.heights, "d": spline.derivatives}
+    with torch.no_grad():
+        for key, p in raw.items():
+            p.copy_(data[key].view(p.shape))
+    x = data["x"].requires_grad_()
+    y, log_det = spline(x)
+    _close(y.detach(), data["y"])
+    (0.5 * y.square().sum() - log_det.sum()).backward()
+    _close(x.grad, data["gx"])
+    for key, p in raw.items():
+        _close(p.grad.view(data[f"g{key}"].shape), data[f"g{key}"])
+
+
+def test_spline_log_det_is_that_of_its_jacobian():
+    torch.manual_seed(0)
+    spline = ComposedSpline((5,)).double()
+    with torch.no_grad():
+        for p in spline.parameters():
+            p.normal_()
+    x = torch.tensor([[-30.0, -10.0, 0.3, 10.0, 11.0], [-9.9, -1.0, 1.0, 4.0, 9.9]]).double()
+    y, log_det = spline(x)
+    for i in range(2):
+        jacobian = torch.autograd.functional.jacobian(lambda v: spline(v[None])[0][0], x[i])
+        # On the bounds autograd sees the side of the interval, as does log_det.
+        _close(log_det[i].detach(), jacobian.diagonal().log().sum())
+    _close(y[0, [0, 1, 3, 4]], x[0, [0, 1, 3, 4]])
+    with pytest.raises((RuntimeError, IndexError)):  # as in the public code
+        spline(torch.full((2, 5), 11.0).double())
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
+@pytest.mark.parametrize("backend", steps.backends())
+def test_models_agree_with_the_composition(case, backend):
+    """Exact log p and every gradient of the batch-mean loss, in float64 and under one noise."""
+    assert models.check_agreement(case, backend) < 1e-8
+
+
+@pytest.mark.parametrize("part", ["convolution", "spline", "penalty", "likelihood"])
+def test_disagreement_is_seen(part, monkeypatch):
+    def wrong(name, value):
+        original = models.composed_like
+
+        def composed_like(*args):
+            composed = original(*args)
+            layer = composed.layers[1 if name == "widths" else 0]
+            if name == "recon_weight":
+                composed.recon_weight *= value
+            elif name == "base":
+                log_prob = composed.log_prob
+                composed.log_prob = lambda x: log_prob(x) * value
+            else:
+                with torch.no_grad():
+                    getattr(layer, name).view(-1)[0].add_(value)
+            return composed
+
+        monkeypatch.setattr(models, "composed_like", composed_like)
+
+    wrong(
+        *{
+            "convolution": ("weight_inv", 1e-5),
+            "spline": ("widths", 1e-5),
+            "penalty": ("recon_weight", 1.001),
+            "likelihood": ("base", 1 + 1e-6),
+        }[part]
+    )
+    with pytest.raises(RuntimeError, match="reference and composed differ by"):
+        models.check_agreement(SMALL["conv"], "reference")
+
+
+def test_convolutional_model_is_that_of_the_paper():
+    composed = ComposedConv(base="normal")
+    assert sum(p.numel() for p in composed.parameters()) == 102_613
+    case = next(c for c in cases.MODELS if c.model == "conv")
+    assert case.parameters == 102_613
+    flow = models.make_flow(case)
+    assert sum(p.numel() for p in flow.parameters()) == 102_613
+    x = torch.randint(256, (3, 1, 28, 28)).float()
+    torch.manual_seed(0)
+    composed.training_backward(x)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in composed.parameters())
+
+
+def test_all_models_of_a_case_start_from_the_same_numbers():
+    flow = models.make_flow(SMALL["conv"])
+    for base in ("multivariate", "normal"):
+        composed = models.composed_like(flow, SMALL["conv"], base)
+        for a, b in zip(flow.parameters(), composed.parameters(), strict=True):
+            assert torch.equal(a.flatten(), b.flatten())
 
 
 def test_bare_products_are_the_six_of_the_layer():

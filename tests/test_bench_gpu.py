@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RATES = floors.Rates(float32=50e12, tf32=400e12, copy=4e12)
 LINEAR, CONV = cases.LinearCase(16, 4), cases.ConvCase(2, 4, 5, 3, 4)
 MODEL = cases.ModelCase("fc", (1, 4, 4), 2, 4)
+CONV_MODEL = cases.ModelCase("conv", (1, 8, 8), 6, 4, model="conv", blocks=3)
 BUILDS = [(steps.linear_variants, LINEAR), (steps.conv_variants, CONV)]
 
 
@@ -69,13 +70,31 @@ def replayed(variants, graphed=graphs.graphed):
         (cases.ConvCase(48, 4, 4, 3, 100), 4 * (6 * 76_800 + 6 * 20_736 + 144 + 400), None, 3),
         (cases.LinearCase(784), 17_171_648, 7 * 4 * 1_230_096, 8),
         (cases.ModelCase("fc", (1, 28, 28), 2), 33_288_704, 7 * 4 * 2_460_192, 16),
+        # x, y | x, dy, dx; 3K - 1 a pixel: in, in, gradient; log_det and its gradient
+        (cases.SplineCase(784, 5, 100), 4 * (5 * 78_400 + 3 * 10_976 + 200), None, 3),
+        # 9 convolutions (kernels 6 * 9 * C^2, three each with C = 1, 4, 16) and 8 splines
+        (
+            cases.ModelCase("conv", (1, 28, 28), 9, model="conv", blocks=3),
+            4 * (9 * (6 * 78_400 + 400) + 3 * 54 * 273 + 3 * 3 * 21)
+            + 8 * 4 * (5 * 78_400 + 3 * 10_976 + 200),
+            7 * 4 * 102_613,
+            9 * 3 + 8 * 3,
+        ),
     ],
-    ids=["1x28x28", "48x4x4", "D=784", "model"],
+    ids=["1x28x28", "48x4x4", "D=784", "fc", "spline", "conv"],
 )
 def test_bytes_and_launches(case, moved, adam, launches):
     assert case.bytes == moved
     assert getattr(case, "adam_bytes", None) == adam
     assert case.launches == launches
+
+
+def test_operations_of_the_convolutional_model():
+    """Six convolutions a layer; at every scale B D elements, each from 9 C products."""
+    case = next(c for c in cases.table("models", "cuda") if c.model == "conv")
+    assert case.flops == 6 * 2 * 100 * 784 * 9 * 3 * (1 + 4 + 16)
+    assert case.parts[2].name == "1x28x28 k=3"
+    assert case.parts[-1].name == "16x7x7 k=3"
 
 
 def test_floor_is_the_largest_of_three():
@@ -199,12 +218,16 @@ def test_given_gradients_are_those_of_a_mean(like_a_gpu):
 
 
 @pytest.mark.parametrize(
-    ("build", "case"), [*BUILDS, (steps.model_variants, MODEL)], ids=["linear", "conv", "model"]
+    ("build", "case"),
+    [*BUILDS, (steps.model_variants, MODEL), (steps.model_variants, CONV_MODEL)],
+    ids=["linear", "conv", "fc", "conv model"],
 )
 def test_no_step_leaves_the_device(build, case, like_a_gpu):
     """On the meta device, which mixes with the CPU as little as a GPU does."""
     for v in build(case, device="meta"):
         if "fused Adam" in v.name:  # not there for this device
+            continue
+        if case is CONV_MODEL and v.name.startswith("composed"):  # its masks need numbers
             continue
         with v.context():
             v.step()
