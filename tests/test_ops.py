@@ -60,8 +60,12 @@ def test_same_bits_twice(case, device):
         assert np.array_equal(a, b)
 
 
+# Layers of more channels a group run torch's own convolutions, which may depend on them.
+FUSED = [c for c in OPS if c.op == "snf_conv2d" and c.weight[1] <= 64]
+
+
 @needs_native
-@pytest.mark.parametrize("case", [c for c in OPS if c.op == "snf_conv2d"], ids=ids)
+@pytest.mark.parametrize("case", FUSED, ids=ids)
 def test_convolution_does_not_depend_on_threads(case):
     tensors, grads = case.tensors(torch.float32), case.gradients_of_outputs(torch.float32)
     threads = torch.get_num_threads()
