@@ -70,7 +70,7 @@ def train(
 def samples(flow: snf_ext.Flow, seed: int) -> Tensor:
     """A picture of samples; the same noise for every flow."""
     torch.manual_seed(seed)
-    return grid(flow.eval().sample(SHOWN, temperature=TEMPERATURE), levels=256)[:, :, 0]
+    return grid(flow.eval().sample(SHOWN, temperature=TEMPERATURE), pixel_levels=256)[:, :, 0]
 
 
 def draw(

@@ -128,9 +128,8 @@ def test_half_precision_computes_in_float32(case, dtype, backend, device):
     close(got[len(out) :], [t.cpu() for t in want[len(out) :]], 2 * torch.finfo(dtype).eps)
 
 
-@needs_native
 @pytest.mark.parametrize("case", IMAGES, ids=ids)
-def test_autocast_computes_in_float32(case, device):
+def test_autocast_computes_in_float32(case, backend, device):
     tensors = case.tensors(torch.float32, device)
     plain = run(case, tensors)
     with torch.autocast(device, dtype=torch.bfloat16):

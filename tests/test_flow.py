@@ -165,7 +165,7 @@ def test_fc_model(backend, device):
     assert sample.max() <= 255
     small = snf_ext.models.fc((1, 8, 8), layers=3, linear="exact", pixel_levels=17)
     assert sum(p.numel() for p in small.parameters()) == 3 * (64 * 64 + 64)
-    with pytest.raises(ValueError, match="linear must be one of self_norm, .*; got 'lu'"):
+    with pytest.raises(ValueError, match=r"linear must be one of self_norm, .*; got 'lu'"):
         snf_ext.models.fc(linear="lu")
     with pytest.raises(ValueError, match="layers must be at least 1; got 0"):
         snf_ext.models.fc(layers=0)

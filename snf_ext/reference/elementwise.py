@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bijection import per_sample_sum, wide_dtype
+from .autocast import widened_under_autocast
 from .checks import check_actnorm, check_affine_coupling, check_alpha, check_batch
 
 LOG_SCALE_BOUND = 2.0
@@ -27,6 +28,7 @@ def smooth_leaky_relu(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     >>> round(y[0, 0].item(), 4), round(log_abs_det.item(), 4)
     (0.4852, -0.8616)
     """
+    (x,) = widened_under_autocast(x)
     check_batch(x, "x")
     check_alpha(alpha)
     v = x.to(wide_dtype(x.dtype))
@@ -45,6 +47,7 @@ def smooth_leaky_relu_inverse(z: Tensor, alpha: float) -> tuple[Tensor, Tensor, 
     >>> abs(x.item()) < 1e-3, iterations.item() < 10
     (True, True)
     """
+    (z,) = widened_under_autocast(z)
     check_batch(z, "z")
     check_alpha(alpha)
     wide = z.to(wide_dtype(z.dtype))
@@ -90,6 +93,7 @@ def actnorm(
     >>> y.abs().max().item(), log_abs_det.abs().tolist()
     (0.0, [0.0])
     """
+    x, shift, log_scale = widened_under_autocast(x, shift, log_scale)
     check_actnorm(x, shift, log_scale)
     wide = wide_dtype(x.dtype)
     rest = (1,) * (x.dim() - 2)
@@ -118,6 +122,7 @@ def affine_coupling(x: Tensor, params: Tensor, inverse: bool = False) -> tuple[T
     >>> torch.equal(y, x), log_abs_det.tolist()
     (True, [0.0, 0.0, 0.0])
     """
+    x, params = widened_under_autocast(x, params)
     check_affine_coupling(x, params)
     wide = wide_dtype(x.dtype)
     channels, changed = x.shape[1], params.shape[1] // 2
@@ -144,6 +149,7 @@ def logit(x: Tensor, alpha: float, inverse: bool = False) -> tuple[Tensor, Tenso
     >>> y.item(), round(log_abs_det.item(), 4)
     (0.0, 1.3863)
     """
+    (x,) = widened_under_autocast(x)
     check_batch(x, "x")
     check_alpha(alpha, low=0.0, high=0.5)
     inner = 1 - 2 * alpha
@@ -165,6 +171,7 @@ def normal_log_prob(z: Tensor) -> Tensor:
     >>> round(normal_log_prob(torch.zeros(1, 2)).item(), 4)
     -1.8379
     """
+    (z,) = widened_under_autocast(z)
     check_batch(z, "z")
     flat = z.to(wide_dtype(z.dtype)).reshape(z.shape[0], math.prod(z.shape[1:]))
     return -0.5 * (flat.square().sum(1) + flat.shape[1] * math.log(2 * math.pi))

@@ -13,13 +13,13 @@ where a convolution reads products with ``x'`` and ``y'`` as weight gradients, a
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..bijection import wide_dtype
+from .autocast import widened_under_autocast, without_autocast
 from .checks import check_conv2d, check_linear
 from .convolution import convolve, flip, inverse_term, weight_gradient
 
@@ -49,7 +49,7 @@ def snf_linear(
     >>> torch.equal(z, x), recon.tolist()
     (True, [0.0, 0.0])
     """
-    x, weight, weight_inv, bias = _autocast(x, weight, weight_inv, bias)
+    x, weight, weight_inv, bias = widened_under_autocast(x, weight, weight_inv, bias)
     check_linear(x, weight, weight_inv, bias)
     batch, wide = x.shape[:-1], wide_dtype(x.dtype)
     z, log_det, recon = _Linear.apply(
@@ -96,7 +96,7 @@ def snf_conv2d(
     >>> torch.equal(z, x), recon.tolist()
     (True, [0.0, 0.0])
     """
-    x, weight, weight_inv, bias = _autocast(x, weight, weight_inv, bias)
+    x, weight, weight_inv, bias = widened_under_autocast(x, weight, weight_inv, bias)
     check_conv2d(x, weight, weight_inv, bias, dilation, groups)
     wide = wide_dtype(x.dtype)
     z, log_det, recon = _Conv2d.apply(
@@ -116,7 +116,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, weight_inv: Tensor, bias: Tensor | None
     ) -> Any:
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             y = x @ weight.T
             e = y @ weight_inv.T - x
         ctx.save_for_backward(x, weight, weight_inv, y, e)
@@ -155,7 +155,7 @@ class _LinearBackward(_OnceDifferentiable):
         y: Tensor,
         e: Tensor,
     ) -> Any:
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             pull = 2 * grad_recon[:, None] * e
             dx = grad_z @ weight
             dw = (0.5 * grad_z + pull @ weight_inv).T @ x + 0.5 * total * weight_inv.T
@@ -175,7 +175,7 @@ class _Conv2d(torch.autograd.Function):
         groups: int,
         circular: bool,
     ) -> Any:
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             y = convolve(x, weight, dilation, groups, circular)
             e = convolve(y, weight_inv, dilation, groups, circular) - x
         ctx.save_for_backward(x, weight, weight_inv, y, e)
@@ -209,7 +209,7 @@ class _Conv2dBackward(_OnceDifferentiable):
         circular: bool,
     ) -> Any:
         geometry = (dilation, groups, circular)
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             pull = 2 * grad_recon[:, None, None, None] * e
             dx = convolve(grad_z, flip(weight, groups), *geometry)
             delta_w = 0.5 * grad_z + convolve(pull, flip(weight_inv, groups), *geometry)
@@ -218,23 +218,3 @@ class _Conv2dBackward(_OnceDifferentiable):
             dw += 0.5 * total * inverse_term(weight_inv, weight, x.shape[2:], *geometry)
             dr -= 0.5 * total * inverse_term(weight, weight_inv, x.shape[2:], *geometry)
         return dx, dw, dr
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Autocast rule of both operators: half precisions are widened to float32.
-
-    The residual needs float32: rounded to bfloat16 and weighted by lambda it is worth whole nats.
-    """
-    x = tensors[0]
-    assert x is not None
-    kind = x.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return tensors
-    half = (torch.bfloat16, torch.float16)
-    return tuple(t.float() if t is not None and t.dtype in half else t for t in tensors)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bijection import per_sample_sum, wide_dtype
+from .autocast import widened_under_autocast
 from .checks import check_rq_spline
 
 MIN_WIDTH = MIN_HEIGHT = 1e-3  # of a bin, as a share of the interval
@@ -60,6 +61,7 @@ def rq_spline(
     >>> torch.allclose(y, x), log_abs_det.abs().item() < 1e-5
     (True, True)
     """
+    x, widths, heights, derivatives = widened_under_autocast(x, widths, heights, derivatives)
     check_rq_spline(x, widths, heights, derivatives, tail_bound)
     wide = wide_dtype(x.dtype)
     v = x.to(wide)
