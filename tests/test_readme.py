@@ -35,6 +35,9 @@ def test_python_blocks_run(namespace):
     assert namespace["exact_log_det"].shape == ()
     assert namespace["nats"].shape == (100,)
     assert namespace["samples"].shape == (16, 64)
+    assert sum(p.numel() for p in namespace["conv"].parameters()) > 102_613  # 5x5 inverses
+    assert namespace["loss"].isfinite()
+    assert namespace["drawn"].shape == (4, 1, 8, 8)
 
 
 def test_equivalent_code_gives_the_layers_gradients(namespace):
