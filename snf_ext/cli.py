@@ -76,8 +76,8 @@ class Train:
     limit_train: int | None = None
     """Use only the first N training images."""
     epochs: int | None = None
-    """Epochs to train; fc on digits 400, otherwise 100 (the paper's fc: 6000, conv: 1000, glow:
-    250)."""
+    """Epochs to train; on digits fc 400, autoregressive 50; otherwise 100 (the paper: fc 6000,
+    conv 1000, glow 250)."""
     batch_size: int | None = None
     """Images a step; 100."""
     lr: float | None = None

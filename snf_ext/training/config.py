@@ -130,6 +130,7 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
         "model_args": {"levels": 2, "steps": 4, "width": 16},
     },
     ("glow", "mnist"): {"recon_weight": 100.0},
+    ("autoregressive", "digits"): {"epochs": 50},
     ("glow", "images"): {
         "recon_weight": 1000.0,
         "clip_norm": 10_000.0,
