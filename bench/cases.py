@@ -231,6 +231,11 @@ CONV_CUDA = (
     ConvCase(64, 8, 8, 3, 100, targets=COMPILED),
 )
 
+SPLINE_CUDA = tuple(
+    SplineCase(d, k, batch, targets={"reference": 1.0, "compiled reference, graph": 1.0})
+    for d, k, batch in ((784, 5, 100), (3072, 8, 128))
+)
+
 MODELS_CUDA = (ModelCase("fc 2 layers 1x28x28", (1, 28, 28), 2),)
 
 
@@ -244,6 +249,6 @@ def table(suite: str, device_type: str = "cpu") -> Sequence[Case]:
         "linear": LINEAR_CUDA if cuda else LINEAR,
         "conv": CONV_CUDA if cuda else CONV,
         "models": MODELS_CUDA if cuda else MODELS,
-        "spline": () if cuda else SPLINE,
+        "spline": SPLINE_CUDA if cuda else SPLINE,
     }
     return tables[suite]
