@@ -277,6 +277,11 @@ MODELS_CUDA = (
     ModelCase("conv 9 layers 1x28x28", (1, 28, 28), 9, model="conv", blocks=3),
 )
 
+SPLINE_CUDA = tuple(
+    SplineCase(d, k, batch, targets={"reference": 1.0, "compiled reference, graph": 1.0})
+    for d, k, batch in ((784, 5, 100), (3072, 8, 128))
+)
+
 
 Case = LinearCase | ConvCase | ModelCase | SplineCase
 
@@ -288,6 +293,6 @@ def table(suite: str, device_type: str = "cpu") -> Sequence[Case]:
         "linear": LINEAR_CUDA if cuda else LINEAR,
         "conv": CONV_CUDA if cuda else CONV,
         "models": MODELS_CUDA if cuda else MODELS,
-        "spline": () if cuda else SPLINE,
+        "spline": SPLINE_CUDA if cuda else SPLINE,
     }
     return tables[suite]

@@ -23,7 +23,7 @@ reserve=10 # seconds kept for the table and for what has to be killed
 export PYTHONUNBUFFERED=1 MPLBACKEND=Agg
 # What runs is what gets built, for the GPU that is here.
 unset TORCH_CUDA_ARCH_LIST SNF_EXT_NO_CUDA SNF_EXT_NO_EXT SNF_EXT_BACKEND
-rm -f "$out"/{conv,linear,models}-cuda.{json,png} # of an earlier run
+rm -f "$out"/{conv,linear,models,spline}-cuda.{json,png} # of an earlier run
 
 table=() failed=0
 row() { table+=("$(printf '%-14s %-9s %4d s  %s' "$@")"); }
@@ -99,6 +99,7 @@ fi
 benchmark conv 150
 benchmark linear 90
 benchmark models 40
+benchmark spline 40
 sanitizer memcheck 75
 sanitizer racecheck 75
 

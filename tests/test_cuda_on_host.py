@@ -150,7 +150,9 @@ def test_kernels(name, tmp_path):
     passes(program(name, "plain", tmp_path))
 
 
-@pytest.mark.parametrize("name", ["test_conv2d", "test_pointwise", "test_elementwise"])
+@pytest.mark.parametrize(
+    "name", ["test_conv2d", "test_pointwise", "test_elementwise", "test_rq_spline"]
+)
 def test_kernels_with_other_numbers(name, tmp_path):
     passes(program(name, "plain", tmp_path), "7")
 
@@ -264,6 +266,22 @@ FAULTS = [
         ("test_elementwise",),
         {"plain": "FAILED", "address": "heap-buffer-overflow"},
     ),
+    Fault(
+        "no barrier between the spline's sums over parts and their use",
+        "rq_spline_kernels",
+        "__syncthreads();  // the sums are there",
+        "// the sums are there",
+        ("test_rq_spline",),
+        RACE,
+    ),
+    Fault(
+        "the gradient of a bin's upper knot one knot too high",
+        "rq_spline_kernels",
+        "own[at.number * pitch] += high[kind];",
+        "own[(at.number + 1) * pitch] += high[kind];",
+        ("test_rq_spline",),
+        {"plain": "FAILED"},
+    ),
 ]
 
 
@@ -323,7 +341,7 @@ def clone(tmp_path_factory):
 @pytest.mark.slow
 def test_operators(clone):
     """Every test of the operators but those of the CPU's own kernels."""
-    names = ("ops", "elementwise", "triangular", "parity", "layers", "flow")
+    names = ("ops", "elementwise", "spline", "triangular", "parity", "layers", "flow")
     files = [f"tests/test_{name}.py" for name in names]
     chosen = "not reference and not threads and not pool and not cpu_only"
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")

@@ -10,6 +10,7 @@
 
 #include "../check.h"
 #include "../precision.h"
+#include "../spline_binding.h"
 #include "cpu_capability.h"
 #include "pooled_memory.h"
 #include "rq_spline_kernel.h"
@@ -53,11 +54,6 @@ using at::Tensor;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Unlike wide(), dispatches nothing where there is nothing to do.
-Tensor own(const Tensor& t, at::ScalarType type) {
-  return t.scalar_type() == type && t.is_contiguous() ? t : t.to(type).contiguous();
-}
-
 // How the work is divided. Depends on shapes alone, and so does the order of every sum.
 struct Plan {
   int64_t batch, columns, packed, width, rows, tiles, parts;
@@ -94,10 +90,6 @@ std::unique_ptr<T[]> scratch(int64_t count) {
   return std::unique_ptr<T[]>(new T[static_cast<std::size_t>(count)]);
 }
 
-bool is_shared(const Tensor& x, const Tensor& widths) {
-  return widths.dim() == x.dim() || widths.size(0) == 1;
-}
-
 template <typename T>
 SplineJob<T> job_of(
     const Tensor& x, const Tensor& widths, const Tensor& heights, const Tensor& derivatives,
@@ -132,8 +124,8 @@ std::tuple<Tensor, Tensor> forward(
   check_rq_spline(x, widths, heights, derivatives, tail_bound);
   const WithoutAutocast full_precision;
   const auto type = wide_type(x.scalar_type());
-  const Tensor v = own(x, type), w = own(widths, type), h = own(heights, type),
-               d = own(derivatives, type);
+  const Tensor v = dense_as(x, type), w = dense_as(widths, type), h = dense_as(heights, type),
+               d = dense_as(derivatives, type);
   const Tensor y = pooled_empty(x.sizes(), v.options());
   const Tensor log_abs_det = at::empty({x.size(0)}, v.options());
   const Plan plan(x);
@@ -184,11 +176,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   check_rq_spline(x, widths, heights, derivatives, tail_bound);
   const WithoutAutocast full_precision;
   const auto type = wide_type(x.scalar_type());
-  const Tensor v = own(x, type), w = own(widths, type), h = own(heights, type),
-               d = own(derivatives, type);
-  const OptionalTensor gy = grad_y ? OptionalTensor(own(*grad_y, type)) : std::nullopt;
+  const Tensor v = dense_as(x, type), w = dense_as(widths, type), h = dense_as(heights, type),
+               d = dense_as(derivatives, type);
+  const OptionalTensor gy = grad_y ? OptionalTensor(dense_as(*grad_y, type)) : std::nullopt;
   const OptionalTensor gl =
-      grad_log_abs_det ? OptionalTensor(own(*grad_log_abs_det, type)) : std::nullopt;
+      grad_log_abs_det ? OptionalTensor(dense_as(*grad_log_abs_det, type)) : std::nullopt;
   const Plan plan(x);
   const std::array<Tensor, 4> inputs = {v, w, h, d};
   std::array<Tensor, 4> grads;

@@ -59,5 +59,6 @@ SNF_INSTANTIATE(double)
 SNF_INSTANTIATE(__half)
 SNF_INSTANTIATE(__nv_bfloat16)
 template void row_sums(const float*, int, float*, int64_t, cudaStream_t);
+template void row_sums(const double*, int, double*, int64_t, cudaStream_t);
 
 }  // namespace snf

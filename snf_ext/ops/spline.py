@@ -26,8 +26,7 @@ def rq_spline(
     The native gradient is exact and has no derivative of its own: differentiating it raises
     NotImplementedError.
     """
-    # There are no CUDA kernels yet.
-    if runs_native(x.device) and not x.is_cuda:
+    if runs_native(x.device):
         return torch.ops.snf_ext.rq_spline(x, widths, heights, derivatives, tail_bound, inverse)
     return reference.rq_spline(x, widths, heights, derivatives, tail_bound, inverse)
 
