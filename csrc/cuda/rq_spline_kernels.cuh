@@ -132,7 +132,7 @@ struct OwnKnots {
 
 // A thread owns one kind of knots of one element.
 template <typename T>
-__global__ void __launch_bounds__(kSplineThreads, 4)
+__global__ void __launch_bounds__(kSplineThreads, 2)
     spline_tables(const SplineInputs<T> p, int event, int bins, Wide<T> tail_bound, Wide<T>* to) {
   const int64_t n = int64_t{blockIdx.x} * kSplineThreads + threadIdx.x;
   if (n >= 3 * int64_t{event}) return;
@@ -262,11 +262,14 @@ __device__ void raw_sizes(
   const Softmax<W> softmax(raw, bins);
   const W scale = 2 * tail_bound * spline::spread<W>(bins);
   W mean = 0, sum = 0;
+  // Unrolled as far as ptxas likes, these loops spill on sm_100.
+#pragma unroll 1
   for (int k = bins - 2; k >= 0; --k) {
     sum += at_knots[k * pitch];
     mean += softmax.share(raw, k) * (scale * sum);
   }
   sum = 0;
+#pragma unroll 1
   for (int k = bins - 1; k >= 0; --k) {
     if (k < bins - 1) sum += at_knots[k * pitch];
     store(to + k, softmax.share(raw, k) * (scale * sum - mean));
@@ -276,7 +279,7 @@ __device__ void raw_sizes(
 // A block owns 32 elements of one kind of parameter. Its warps add up the parts in order, a knot
 // each, in the place of the first part; then its first warp goes on to the raw parameters.
 template <typename T>
-__global__ void __launch_bounds__(kSplineThreads, 4) spline_finish(
+__global__ void __launch_bounds__(kSplineThreads, 2) spline_finish(
     const SplineInputs<T> p, const SplineGradients<T> g, int event, int bins, int64_t parts,
     Wide<T> tail_bound, Wide<T>* sums) {
   using W = Wide<T>;
@@ -290,6 +293,7 @@ __global__ void __launch_bounds__(kSplineThreads, 4) spline_finish(
     for (int knot = static_cast<int>(threadIdx.x) / kWarp; knot < inner;
          knot += kSplineThreads / kWarp) {
       W sum = 0;
+#pragma unroll 8
       for (int64_t part = 0; part < parts; ++part) sum += own[(part * 3 * inner + knot) * pitch];
       own[knot * pitch] = sum;
     }
@@ -301,6 +305,7 @@ __global__ void __launch_bounds__(kSplineThreads, 4) spline_finish(
     return;
   }
   const int64_t first = column * inner;
+#pragma unroll 1
   for (int knot = 0; knot < inner; ++knot) {
     const W rate = spline::knot_slope_derivative(widen(p.derivatives[first + knot]));
     store(to + first + knot, own[knot * pitch] * rate);
