@@ -71,14 +71,14 @@ def replayed(variants, graphed=graphs.graphed):
         (cases.LinearCase(784), 17_171_648, 7 * 4 * 1_230_096, 8),
         (cases.ModelCase("fc", (1, 28, 28), 2), 33_288_704, 7 * 4 * 2_460_192, 16),
         # x, y | x, dy, dx; 3K - 1 a pixel: in, in, gradient; log_det and its gradient
-        (cases.SplineCase(784, 5, 100), 4 * (5 * 78_400 + 3 * 10_976 + 200), None, 3),
+        (cases.SplineCase(784, 5, 100), 4 * (5 * 78_400 + 3 * 10_976 + 200), None, 5),
         # 9 convolutions (kernels 6 * 9 * C^2, three each with C = 1, 4, 16) and 8 splines
         (
             cases.ModelCase("conv", (1, 28, 28), 9, model="conv", blocks=3),
             4 * (9 * (6 * 78_400 + 400) + 3 * 54 * 273 + 3 * 3 * 21)
             + 8 * 4 * (5 * 78_400 + 3 * 10_976 + 200),
             7 * 4 * 102_613,
-            9 * 3 + 8 * 3,
+            9 * 3 + 8 * 5,
         ),
     ],
     ids=["1x28x28", "48x4x4", "D=784", "fc", "spline", "conv"],
