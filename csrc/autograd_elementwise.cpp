@@ -1,6 +1,7 @@
-// Autograd and autocast of the element-wise operators. Each has a backward operator that takes the
-// gradients of the outputs, then what forward took, then, where several gradients can be wanted,
-// which are. A gradient is exact, but has no native derivative of its own: that is refused.
+// Autograd and autocast of the element-wise operators and the spline. Each has a backward operator
+// that takes the gradients of the outputs, then what forward took, then, where several gradients
+// can be wanted, which are. A gradient is exact, but has no native derivative of its own: that is
+// refused.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -40,6 +41,9 @@ struct Logit {
 };
 struct NormalLogProb {
   static constexpr const char* name = "normal_log_prob";
+};
+struct RqSpline {
+  static constexpr const char* name = "rq_spline";
 };
 
 template <typename Op>
@@ -185,6 +189,8 @@ void add_all(torch::Library& m, c10::DispatchKey key) {
   add<AffineCoupling, Two, const Tensor&, const Tensor&, bool>(m, key);
   add<Logit, Two, const Tensor&, double, bool>(m, key);
   add<NormalLogProb, One, const Tensor&>(m, key);
+  add<RqSpline, Two, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, bool>(
+      m, key);
 }
 
 }  // namespace
