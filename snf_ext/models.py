@@ -149,7 +149,7 @@ def conv(
     Source: SNF A.3, "9L Conv": 102,613 parameters on MNIST.
 
     >>> sum(p.numel() for p in conv((1, 8, 8), layers=3).parameters())
-    4835
+    6727
     """
     make = _convolution(conv, kernel_size, inverse_kernel_size)
     activate = _choice("activation", activation, ACTIVATION)
