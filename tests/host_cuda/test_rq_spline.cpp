@@ -234,17 +234,19 @@ void run(std::mt19937& engine, const Run& r) {
 }
 
 template <typename T>
-void all(std::mt19937& engine) {
+void all(std::mt19937& engine, bool few) {
   struct Size {
     int64_t samples;
     int event, bins;
   };
+  // All types run the same code: one of them meets every size and every combination.
+  std::vector<Size> sizes = {{1, 77, 2}, {33, 35, 5}};
+  if (!few) sizes.insert(sizes.end(), {{1, 1, 5}, {29, 1, 8}, {37, 3, 1}, {7, 131, 8}, {3, 9, 33}});
   for (const bool inverse : {false, true})
     for (const bool shared : {true, false}) {
-      for (const Size& z :
-           {Size{1, 1, 5}, Size{1, 77, 2}, Size{29, 1, 8}, Size{37, 3, 1}, Size{33, 35, 5},
-            Size{7, 131, 8}, Size{3, 9, 33}})
+      for (const Size& z : sizes)
         run<T>(engine, {{z.samples, z.event, z.bins, kBound, inverse, shared}});
+      if (few) continue;
       Run r = {{2, 4099, 2, kBound, inverse, shared}};  // several blocks
       r.wants_parameters = false;
       run<T>(engine, r);
@@ -263,9 +265,9 @@ void all(std::mt19937& engine) {
 
 int main(int count, char** arguments) {
   std::mt19937 engine(count > 1 ? std::atoi(arguments[1]) : 0);
-  all<float>(engine);
-  all<double>(engine);
-  all<__half>(engine);
-  all<__nv_bfloat16>(engine);
+  all<float>(engine, false);
+  all<double>(engine, true);
+  all<__half>(engine, true);
+  all<__nv_bfloat16>(engine, true);
   return testing::report("rq_spline", cases);
 }
