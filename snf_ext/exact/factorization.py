@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .matrix import conv2d_matrix, is_pointwise, pointwise_matrix
+from .convolution import ConvolutionLU
 
 
 class Factorization(Protocol):
@@ -45,28 +45,6 @@ class DenseLU:
         return torch.linalg.lu_solve(self._lu, self._pivots, columns).T.to(rhs)
 
 
-class Pointwise:
-    """The same ``(C, C)`` matrix at every one of ``positions``: a 1x1 convolution.
-
-    ``log_abs_det`` is ``positions`` times the matrix's own. Cost: O(C^3) once, O(C^2) for each
-    solved position, where the dense matrix would be ``(C positions)`` on a side.
-
-    >>> twice = Pointwise(2 * torch.eye(3), positions=4)
-    >>> round(twice.log_abs_det.item(), 4), twice.solve(torch.ones(1, 12)).unique().tolist()
-    (8.3178, [0.5])
-    """
-
-    def __init__(self, matrix: Tensor, positions: int) -> None:
-        self._lu, self._positions = DenseLU(matrix), positions
-        self.log_abs_det = positions * self._lu.log_abs_det
-
-    def solve(self, rhs: Tensor) -> Tensor:
-        channels = rhs.shape[1] // self._positions
-        pixels = rhs.reshape(-1, channels, self._positions).movedim(1, 2)  # channels are slowest
-        solved = self._lu.solve(pixels.reshape(-1, channels))
-        return solved.reshape(pixels.shape).movedim(1, 2).reshape(rhs.shape)
-
-
 def factorize_linear(weight: Tensor) -> Factorization:
     """Factorise the weight of a linear layer, ``(D, D)``. Cost O(D^3)."""
     return DenseLU(weight)
@@ -75,12 +53,5 @@ def factorize_linear(weight: Tensor) -> Factorization:
 def factorize_conv2d(
     weight: Tensor, spatial_shape: tuple[int, int], dilation: int, groups: int, circular: bool
 ) -> Factorization:
-    """Factorise the matrix of a convolution on ``(H, W)`` images.
-
-    Cost O((C H W)^3), of a 1x1 kernel O(C^3).
-    """
-    weight = weight.detach().double()
-    if is_pointwise(weight):
-        height, width = spatial_shape
-        return Pointwise(pointwise_matrix(weight, groups), height * width)
-    return DenseLU(conv2d_matrix(weight, spatial_shape, dilation, groups, circular))
+    """Factorise the matrix of a convolution on ``(H, W)`` images; see :class:`ConvolutionLU`."""
+    return ConvolutionLU(weight, spatial_shape, dilation, groups, circular)

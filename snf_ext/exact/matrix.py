@@ -50,21 +50,6 @@ def conv2d_matrix(
     return matrix.permute(2, 0, 3, 1).reshape(size, size)
 
 
-def is_pointwise(weight: Tensor) -> bool:
-    """Whether a convolution with this kernel mixes the channels of one pixel alone."""
-    return tuple(weight.shape[2:]) == (1, 1)
-
-
-def pointwise_matrix(weight: Tensor, groups: int) -> Tensor:
-    """The ``(C, C)`` matrix that a 1x1 convolution applies at every pixel.
-
-    >>> pointwise_matrix(torch.ones(2, 1, 1, 1), groups=2)
-    tensor([[1., 0.],
-            [0., 1.]])
-    """
-    return conv2d_matrix(weight, (1, 1), groups=groups)
-
-
 def _taps(extent: int, offset: int, circular: bool) -> tuple[Tensor, Tensor]:
     """Output and input positions along one axis that a tap at ``offset`` joins."""
     out = torch.arange(extent)
