@@ -34,8 +34,7 @@ def block_matrices(kernels: Tensor, width: int, rows: int) -> Tensor:
 
 def diagonal_block(kernels: Tensor, width: int, rows: int) -> Tensor:
     """D alone, ``(G, m, m)``: the whole matrix if ``rows`` are all of the image's."""
-    size = rows * width * kernels.shape[2]
-    index = _index(kernels.shape, width, rows)[:, size : 2 * size].to(kernels.device)
+    index = _index(kernels.shape, width, rows, (0,)).to(kernels.device)
     return torch.nn.functional.pad(kernels.flatten(1), (0, 1))[:, index]
 
 
@@ -47,19 +46,23 @@ def sum_over_places(blocks: Tensor, shape: torch.Size, width: int, rows: int) ->
     return sums[:, :taps].reshape(shape)
 
 
-def _index(shape: torch.Size, width: int, rows: int) -> Tensor:
+def _index(
+    shape: torch.Size, width: int, rows: int, blocks: tuple[int, ...] = (-1, 0, 1)
+) -> Tensor:
     """Which tap stands where in ``[L | D | U]``; the number of taps where none does."""
     channels, tall, wide = shape[2:]
     keep = rows * width * channels <= _KEPT and not torch.compiler.is_compiling()
     make = _kept_index if keep else _make_index
-    return make(channels, tall, wide, width, rows)
+    return make(channels, tall, wide, width, rows, blocks)
 
 
-def _make_index(channels: int, tall: int, wide: int, width: int, rows: int) -> Tensor:
+def _make_index(
+    channels: int, tall: int, wide: int, width: int, rows: int, blocks: tuple[int, ...]
+) -> Tensor:
     row, column = torch.arange(rows), torch.arange(width)
     out, into = torch.arange(channels), torch.arange(channels)
     # Axes: row, column, channel of the output; block, row, column, channel of the input.
-    down = (row + rows * torch.arange(-1, 2)[:, None])[None, :, :] - row[:, None, None]
+    down = (row + rows * torch.tensor(blocks)[:, None])[None, :, :] - row[:, None, None]
     down = down[:, None, None, :, :, None, None] + tall // 2
     right = (column - column[:, None])[None, :, None, None, None, :, None] + wide // 2
     pair = out[:, None, None, None, None] * channels + into
@@ -67,7 +70,7 @@ def _make_index(channels: int, tall: int, wide: int, width: int, rows: int) -> T
     inside = (down >= 0) & (down < tall) & (right >= 0) & (right < wide)
     index = torch.where(inside, (pair * tall + down) * wide + right, taps)
     size = rows * width * channels
-    return index.reshape(size, 3 * size)
+    return index.reshape(size, len(blocks) * size)
 
 
 _kept_index = lru_cache(maxsize=16)(_make_index)

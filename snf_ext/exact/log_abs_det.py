@@ -84,7 +84,7 @@ class _Scaled(torch.autograd.Function):
     """``g * gradient``, refusing to be differentiated: the gradient's own is not computed."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, g: Tensor, gradient: Tensor, kernels: Tensor) -> Tensor:
         return g * gradient
 
     @staticmethod
@@ -96,13 +96,12 @@ class _Scaled(torch.autograd.Function):
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[0])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-    (gradient,) = ctx.saved_tensors
-    return _Scaled.apply(grad, gradient), None, None
+    return _Scaled.apply(grad, *ctx.saved_tensors), None, None
 
 
 _exact_log_abs_det.register_autograd(_backward, setup_context=_keep)

@@ -77,7 +77,7 @@ def plan_conv2d(
         dilation, groups, circular: as in the convolution.
 
     >>> print(plan_conv2d((3, 3, 3, 3), (64, 64)))
-    blocks: 64 blocks of 192 rows; 2.1 Gflop and 40.4 MB (dense 1.2e+03 Gflop and 1.2 GB)
+    blocks: 64 blocks of 192 rows; 2.1 Gflop and 40.1 MB (dense 1.2e+03 Gflop and 1.2 GB)
     """
     height, width = spatial_shape
     channels, per_group = weight_shape[:2]
@@ -105,17 +105,22 @@ def plan_conv2d(
 
 def layout_of(kernels: tuple[int, ...], size: tuple[int, int]) -> Layout:
     """The cheapest blocks for kernels of shape ``(G, c, c, kh, kw)`` on ``(h, w)`` images."""
+    return min(layouts(kernels, size), key=lambda layout: layout.seconds)
+
+
+def layouts(kernels: tuple[int, ...], size: tuple[int, int]) -> list[Layout]:
+    """The blocks that there are to choose from: of ever more rows, or columns, up to all."""
     groups, channels, _, tall, wide = kernels
-    candidates = []
+    found = []
     for transposed in (False, True):
         height, width = size[::-1] if transposed else size
         least = max(1, (wide if transposed else tall) // 2)
-        row = width * channels
         heights = [least * 2**i for i in range(height.bit_length()) if least * 2**i < height]
-        candidates += [
-            _layout(transposed, (height, width), rows, row, groups) for rows in [*heights, height]
+        found += [
+            _layout(transposed, (height, width), rows, width * channels, groups)
+            for rows in [*heights, height]
         ]
-    return min(candidates, key=lambda layout: layout.seconds)
+    return found
 
 
 def _layout(transposed: bool, size: tuple[int, int], rows: int, row: int, groups: int) -> Layout:
@@ -123,12 +128,7 @@ def _layout(transposed: bool, size: tuple[int, int], rows: int, row: int, groups
     block, last = rows * row, (size[0] - before * rows) * row
     operations = groups * (before * 14 / 3 * block**3 + 2 / 3 * last**3)
     kept = 2 * before * block**2 + last**2
-    passing = 6 * block**2 + last**2  # the blocks, and where each of their elements comes from
-    return Layout(
-        transposed,
-        size,
-        rows,
-        before + 1,
-        operations,
-        8 * (groups * (kept + passing) + 3 * block**2),
-    )
+    blocks = 3 if before else 1  # L, D, U or D alone, and where their elements come from
+    passing = blocks * (2 * groups + 1) * block**2
+    taken = 8 * (groups * kept + passing)
+    return Layout(transposed, size, rows, before + 1, operations, taken)
