@@ -42,6 +42,7 @@ from .layers import (
     coupling_outputs,
     initialize,
 )
+from .refine import InverseNotConverged, Refined
 from .training.angle import gradient_angle
 from .version import __version__
 
@@ -62,6 +63,7 @@ __all__ = [
     "FlowStep",
     "GraphedStep",
     "HouseholderConv1x1",
+    "InverseNotConverged",
     "LUConv1x1",
     "LeakyReLU",
     "LearnableLeakyReLU",
@@ -70,6 +72,7 @@ __all__ = [
     "Permutation",
     "PlainConv1x1",
     "RationalQuadraticSpline",
+    "Refined",
     "RelativeLinear",
     "SelfNormConv2d",
     "SelfNormLinear",

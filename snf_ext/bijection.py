@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,16 @@ class Bijection(nn.Module):
     A subclass implements :meth:`forward` and :meth:`inverse`. It overrides
     :meth:`exact_forward` only if its training-mode ``log_det`` is a surrogate,
     :meth:`output_shape` only if it changes the shape of an event, and :meth:`parts` only if it
-    holds other bijections.
+    holds other bijections; such a one also takes ``refine`` and passes it on (:attr:`refines`).
     """
 
     mixing: ClassVar[bool] = False
     """Whether this is a linear map of all channels or features, whose ``log_det`` is the same for
     every sample: what the log-determinant penalty of :meth:`snf_ext.Flow.loss` is about."""
+
+    refines: ClassVar[bool] = False
+    """Whether ``inverse`` takes ``refine``, the number of steps to improve a learned inverse by:
+    its own, or those of bijections that it holds."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         """Map data ``x`` to noise; see :class:`FlowStep`."""
@@ -99,8 +103,18 @@ def walk(
         event_shape = tuple(bijection.output_shape(event_shape))
 
 
-def pull(bijections: Sequence[Bijection], z: Tensor, context: Tensor | None, exact: bool) -> Tensor:
-    """``z`` back through all bijections, towards data."""
+def pull(
+    bijections: Sequence[Bijection],
+    z: Tensor,
+    context: Tensor | None,
+    exact: bool,
+    refine: int = 0,
+) -> Tensor:
+    """``z`` back through all bijections, towards data.
+
+    ``refine`` is passed on to those that take it.
+    """
     for bijection in reversed(bijections):
-        z = bijection.inverse(z, context, exact=exact)
+        more: dict[str, Any] = {"refine": refine} if refine and bijection.refines else {}
+        z = bijection.inverse(z, context, exact=exact, **more)
     return z

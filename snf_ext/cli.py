@@ -151,6 +151,8 @@ class Sample:
     """How many samples."""
     exact: bool = False
     """Invert exactly; otherwise by the learned inverses, in one pass."""
+    refine: int = 0
+    """Improve the learned inverses by up to N steps, each of a pass forward and one back."""
     out: Path = Path("samples.png")
     """The PNG file."""
     label: int | None = None
@@ -272,23 +274,43 @@ def sample(options: Sample) -> None:
         raise UserError(f"count must be at least 1; got {options.count}")
     if not 0 < options.temperature < math.inf:
         raise UserError(f"temperature must be positive and finite; got {options.temperature}")
+    if options.refine < 0:
+        raise UserError(f"refine must be at least 0; got {options.refine}")
+    if options.refine and options.exact:
+        raise UserError(f"refine must be left out with --exact; got {options.refine}")
     require("matplotlib")
     flow, _, levels = _load_flow(options.checkpoint, options.device)
     _check_label(options.label, flow.context_features)
     if not options.out.parent.is_dir():
         raise FileNotFoundError(f"{options.out.parent} does not exist; --out must be in a folder")
-    sides = ("exact",) if options.exact else ("learned",)
+    side = "exact" if options.exact else "refined" if options.refine else "learned"
     pictures.save_samples(
         options.out,
-        flow,
+        _Refining(flow, options.refine) if options.refine else flow,
         levels,
         options.count,
         options.seed,
         options.temperature,
-        sides,
+        (side,),
         options.label,
     )
     print(f"samples: {options.out}")
+
+
+class _Refining(Flow):
+    """A flow whose samples are drawn by its learned inverses, refined."""
+
+    def __init__(self, flow: Flow, refine: int) -> None:
+        super().__init__(
+            flow.bijections,  # type: ignore[arg-type]
+            flow.event_shape,
+            flow.recon_weight,
+            flow.context_features,
+        )
+        self.refine = refine
+
+    def sample(self, *args: Any, **options: Any) -> Tensor:
+        return super().sample(*args, **(options | {"refine": self.refine}))
 
 
 COMMANDS: dict[type, Callable[[Any], None]] = {Train: train, Evaluate: evaluate, Sample: sample}

@@ -106,6 +106,7 @@ def test_sample(trained, tmp_path, capsys):
         "learned": [],
         "again": [],
         "exact": ["--exact"],
+        "refined": ["--refine", "3"],
         "other": ["--seed", "1"],
         "cold": ["--temperature", "0.1"],
     }.items():
@@ -114,7 +115,7 @@ def test_sample(trained, tmp_path, capsys):
         assert f"samples: {out}" in capsys.readouterr().out
         pixels[name] = imread(out).tobytes()
     assert pixels["learned"] == pixels["again"]
-    assert len(set(pixels.values())) == 4
+    assert len(set(pixels.values())) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{name}.png" for name in pixels
     )
@@ -312,6 +313,19 @@ def test_samples_of_a_class(classes, tmp_path, capsys, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_refined_samples(trained, monkeypatch):
+    asked, sample = [], cli.Flow.sample
+
+    def look(self, *args, **options):
+        asked.append((options.get("refine", 0), options["exact"]))
+        return sample(self, *args, **options)
+
+    monkeypatch.setattr(cli.Flow, "sample", look)
+    for more in ([], ["--refine", "4"], ["--exact"]):
+        run("sample", "--checkpoint", trained[0] / "best.pt", "--count", "2", *more)
+    assert asked == [(0, False), (4, False), (0, True)]
+
+
 def test_a_label_without_classes(trained, capsys):
     run("sample", "--checkpoint", trained[0] / "best.pt", "--label", "3", status=2)
     assert one_line(capsys) == (
@@ -395,6 +409,11 @@ BAD = {
     "temperature": (
         "sample --checkpoint full/file --temperature nan",
         "temperature must be positive and finite; got nan",
+    ),
+    "refine": ("sample --checkpoint full/file --refine -1", "refine must be at least 0; got -1"),
+    "refine what": (
+        "sample --checkpoint full/file --refine 2 --exact",
+        "refine must be left out with --exact; got 2",
     ),
 }
 

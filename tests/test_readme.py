@@ -32,6 +32,8 @@ def test_python_blocks_run(namespace):
     assert namespace["log_det"].shape == namespace["recon"].shape == (32,)
     assert namespace["layer"].weight_inv.grad.abs().max() > 0
     torch.testing.assert_close(namespace["true"], namespace["x"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(namespace["near"], namespace["x"], rtol=0, atol=1e-5)
+    assert namespace["residual"].max() < 1e-6
     assert namespace["exact_log_det"].shape == ()
     assert namespace["nats"].shape == (100,)
     assert namespace["samples"].shape == (16, 64)

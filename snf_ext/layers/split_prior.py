@@ -46,6 +46,8 @@ class SplitPrior(Bijection):
     (torch.Size([5, 144]), True)
     """
 
+    refines = True
+
     def __init__(
         self,
         event_shape: tuple[int, ...],
@@ -92,14 +94,17 @@ class SplitPrior(Bijection):
         z = torch.cat((_vectors(step.z), _vectors(second)), 1)
         return FlowStep(z, log_det + step.log_det, recon + step.recon)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
+    def inverse(
+        self, z: Tensor, context: Tensor | None = None, exact: bool = False, refine: int = 0
+    ) -> Tensor:
         sizes = (math.prod(self.rest_shape), math.prod(self.second_shape))
         check_events(z, "z", (sum(sizes),))
         first, second = z.split(sizes, 1)
         batch = z.shape[0]
-        first = pull(self._steps(), first.reshape(batch, *self.rest_shape), context, exact)
+        first = first.reshape(batch, *self.rest_shape)
+        first = pull(self._steps(), first, context, exact, refine)
         whole = torch.cat((first, second.reshape(batch, *self.second_shape)), 1)
-        return pull(self._before(), whole, context, exact)
+        return pull(self._before(), whole, context, exact, refine)
 
     def output_shape(self, event_shape: tuple[int, ...]) -> tuple[int, ...]:
         return (math.prod(event_shape),)
