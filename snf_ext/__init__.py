@@ -43,6 +43,7 @@ from .layers import (
     initialize,
 )
 from .training.angle import gradient_angle
+from .training.monitor import GradientMonitor
 from .version import __version__
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "Flatten",
     "Flow",
     "FlowStep",
+    "GradientMonitor",
     "GraphedStep",
     "HouseholderConv1x1",
     "LUConv1x1",
