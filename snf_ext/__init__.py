@@ -44,6 +44,7 @@ from .layers import (
 )
 from .refine import InverseNotConverged, Refined
 from .training.angle import gradient_angle
+from .training.monitor import GradientMonitor
 from .version import __version__
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "Flatten",
     "Flow",
     "FlowStep",
+    "GradientMonitor",
     "GraphedStep",
     "HouseholderConv1x1",
     "InverseNotConverged",

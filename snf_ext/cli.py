@@ -106,6 +106,9 @@ class Train:
     """Draw a new order of the training images in every epoch."""
     angle_every: int | None = None
     """Epochs between measurements of the gradient angle, 0 for never; digits 5, mnist 1."""
+    monitor_every: int | None = None
+    """Steps between measurements of each layer's gradient angle on the batch that is trained on,
+    0 for never; 0. They go to angles.csv and TensorBoard."""
     run_dir: Path | None = None
     """Folder for the run's files; runs/MODEL-DATA-TIME if not given."""
     resume: bool = False

@@ -112,6 +112,7 @@ def whole(tmp_path_factory):
         ("warmup_epochs", float("inf"), "finite, not negative"),
         ("clip_norm", 0.0, "positive"),
         ("angle_every", -1, "at least 0"),
+        ("monitor_every", -1, "at least 0"),
         ("optimizer", "sgd", "one of adam, radam"),
         ("objective", "bytes", "one of nats, bits"),
         ("log_det_penalty", -1e-5, "finite, not negative"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import reference
 from ..backend import build_info, runs_native
 from ..bijection import wide_dtype
+from ..reference import convolution
 from ..reference.checks import check_conv2d, check_linear
 
 
@@ -39,6 +40,25 @@ def snf_conv2d(
     if runs_native(x.device):
         return torch.ops.snf_ext.snf_conv2d(x, weight, weight_inv, bias, dilation, groups, circular)
     return reference.snf_conv2d(x, weight, weight_inv, bias, dilation, groups, circular)
+
+
+def conv2d_weight_gradient(
+    delta: Tensor, x: Tensor, weight: Tensor, dilation: int, groups: int, circular: bool
+) -> Tensor:
+    """The gradient of ``<delta, w * x>`` in w, of the shape of ``weight``, on the backend in use.
+
+    Shapes: delta and x ``(B, C, H, W)``. All in float32, or all in float64.
+    """
+    geometry = (dilation, groups, circular)
+    if not runs_native(x.device):
+        return convolution.weight_gradient(delta, x, weight, *geometry)
+    # The layer's backward takes half of it. Without a gradient of recon it reads no residual, and z
+    # is only for the gradient of weight_inv: x stands in their places.
+    only_weight = [False, True, False, False]
+    half = torch.ops.snf_ext.snf_conv2d_backward(
+        delta, None, None, x, x, x, weight, weight, None, *geometry, only_weight
+    )[1]
+    return 2 * half
 
 
 def _fake_forward(x: Tensor, batch: tuple[int, ...]) -> tuple[Tensor, ...]:

@@ -85,7 +85,7 @@ def gradient_angle(flow: Flow, x: Tensor, context: Tensor | None = None) -> dict
                 half_inverse = torch.autograd.grad(-torch.stack(surrogates).sum(), weights)
         inverse = [_log_det_gradient(layer, inputs[layer]) for layer in layers.values()]
     return {
-        name: _degrees(half + learned, 2 * half - true)
+        name: degrees(half + learned, 2 * half - true)
         for name, half, learned, true in zip(layers, half_data, half_inverse, inverse, strict=True)
     }
 
@@ -136,8 +136,14 @@ def _log_det_gradient(layer: Learned, size: torch.Size) -> Tensor:
     return torch.autograd.grad(value, weight)[0]
 
 
-def _degrees(u: Tensor, v: Tensor) -> float:
-    """The angle by half-angle tangents: near 0, an arccos in float64 stops at 1e-6 degrees."""
+def degrees(u: Tensor, v: Tensor) -> float:
+    """The angle between two tensors of one shape, nan if one is zero or not finite.
+
+    By half-angle tangents: near 0, an arccos in float64 stops at 1e-6 degrees.
+
+    >>> round(degrees(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])), 4)
+    45.0
+    """
     u, v = u / u.norm(), v / v.norm()
     return math.degrees(2 * math.atan2((u - v).norm().item(), (u + v).norm().item()))
 

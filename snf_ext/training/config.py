@@ -29,7 +29,10 @@ class Config:
         clip_norm: largest gradient norm, None to leave it.
         seed: of initialisation, order and noise.
         shuffle: new order in every epoch, or the order of the file.
-        angle_every: epochs between measurements of the gradient angle, 0 for never.
+        angle_every: epochs between measurements of the gradient angle on validation images, 0 for
+            never.
+        monitor_every: steps between measurements of each layer's gradient angle on the batch that
+            is trained on, 0 for never.
         optimizer: ``"adam"`` or ``"radam"``.
         objective: ``"nats"``, the loss in nats as in SNF, or ``"bits"``, in bits/dim as in SFM.
             lr, clip_norm and log_det_penalty are of the objective's gradient.
@@ -53,6 +56,7 @@ class Config:
     shuffle: bool = True
     limit_train: int | None = None
     angle_every: int = 1
+    monitor_every: int = 0
     optimizer: str = "adam"
     objective: str = "nats"
     log_det_penalty: float = 0.0
@@ -68,6 +72,7 @@ class Config:
         self._require("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "finite, not negative")
         self._require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "positive")
         self._require("angle_every", self.angle_every >= 0, "at least 0")
+        self._require("monitor_every", self.monitor_every >= 0, "at least 0")
         for name, choices in (("optimizer", tuple(OPTIMIZERS)), ("objective", OBJECTIVES)):
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         penalty = self.log_det_penalty
@@ -106,7 +111,7 @@ class Config:
 
 
 # Which settings may differ when a run goes on: those that leave the finished epochs as they are.
-_FREE = {"epochs", "angle_every"}
+_FREE = {"epochs", "angle_every", "monitor_every"}
 
 # What a run takes where neither the model nor the request says otherwise.
 _COMMON = {"batch_size": 100, "warmup_epochs": 10.0, "lr": 1e-3, "recon_weight": 1.0}

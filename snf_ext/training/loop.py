@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ from ..flow import Flow
 from ..layers.actnorm import ActNorm, initialize
 from . import checkpoint
 from .angle import gradient_angle, mean_angle
+from .angle_log import AngleLog
 from .batches import Batch, Batches
 from .config import Config
 from .context import context_of
 from .data import Dataset
 from .errors import Diverged, UserError, require
 from .evaluate import bits_per_dim, device_of, negative_log_likelihood, reconstruction_error
+from .monitor import GradientMonitor
 from .optimizers import OPTIMIZERS
 from .progress import Progress
 from .seeds import derive_seed, seeded
@@ -33,9 +37,10 @@ class Trainer:
     """Trains a flow and leaves a folder from which training can always go on.
 
     After every epoch the folder holds ``last.pt`` (all that resuming needs), ``best.pt`` (the
-    weights of the lowest validation NLL) and ``history.json``. An epoch depends on the seed, its
-    number and the state before it, and on nothing else: a run that was killed and resumed has
-    on the CPU the same bits as one that was not.
+    weights of the lowest validation NLL), ``history.json`` and, if steps are monitored,
+    ``angles.csv`` (see :class:`AngleLog`). An epoch depends on the seed, its number and the state
+    before it, and on nothing else: a run that was killed and resumed has on the CPU the same bits
+    as one that was not.
 
     A row of the history has
 
@@ -79,6 +84,10 @@ class Trainer:
         )
         self.optimizer = OPTIMIZERS[config.optimizer](flow.parameters(), config.lr)
         self.progress = progress
+        self.monitor: GradientMonitor | None = None
+        if config.monitor_every:
+            self.monitor = GradientMonitor(flow, config.monitor_every)
+        self.angles = AngleLog(self.folder / "angles.csv")
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
         self.start: dict[str, Any] = {}
@@ -127,6 +136,7 @@ class Trainer:
             raise UserError(f"{path} must fit the optimizer; {error}") from error
         self.history, self.best = content["history"], content["best"]
         self.start = content["start"]
+        self.angles = AngleLog(self.folder / "angles.csv", done=self.history[-1]["step"])
         checkpoint.write_json(self.folder / "history.json", self.history)
 
     def fit(self) -> bool:
@@ -140,16 +150,15 @@ class Trainer:
         """
         if self.epoch >= self.config.epochs:
             return True
-        engine, writer = self._engine(), self._tensorboard()
-        try:
+        engine = self._engine()
+        with ExitStack() as writers:
+            self._open_tensorboard(writers)
             with (
                 self._stop,
                 seeded(self.device, self.config.seed, "fit"),
                 Progress(engine, self.progress),
             ):
                 engine.run(self.batches.stream(self.epoch + 1), max_epochs=self.config.epochs)
-        finally:
-            writer.close()
         if self._failure:
             raise self._failure
         return self._stop.number is None
@@ -175,15 +184,20 @@ class Trainer:
         engine.add_event_handler(events.EPOCH_COMPLETED, self._after_epoch)
         return engine
 
-    def _tensorboard(self) -> Any:
+    def _open_tensorboard(self, writers: ExitStack) -> None:
         require("tensorboard")
         logger = require("ignite.handlers.tensorboard_logger").TensorboardLogger
+        folder = self.folder / "tensorboard"
+
         # What an interrupted run logged beyond its checkpoint is hidden.
-        writer = logger(log_dir=str(self.folder / "tensorboard"), purge_step=self.epoch + 1)
-        self._scalars = writer.writer
+        def scalars(path: Path, purge_step: int) -> Any:
+            return writers.enter_context(closing(logger(log_dir=str(path), purge_step=purge_step)))
+
+        self._scalars = scalars(folder, self.epoch + 1).writer
         if self.epoch == 0:
             self._log(self.history[0])
-        return writer
+        if self.monitor:  # apart, because these are counted in steps, and purging is of all tags
+            self._step_scalars = scalars(folder / "steps", self.history[-1]["step"] + 1).writer
 
     def _log(self, row: dict[str, Any]) -> None:
         for name, value in row.items():
@@ -201,19 +215,36 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.flow.loss(
-            *batch,
-            log_det_penalty=self.config.log_det_penalty,
-            bits_per_dim=self.config.objective == "bits",
-        )
-        value = loss.item()
+        with self._monitored(engine.state.iteration):
+            loss = self.flow.loss(
+                *batch,
+                log_det_penalty=self.config.log_det_penalty,
+                bits_per_dim=self.config.objective == "bits",
+            )
+            value = loss.item()
+            if math.isfinite(value):
+                loss.backward()
         if math.isfinite(value):
-            loss.backward()
             if self.config.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.clip_norm)
             self.optimizer.step()
         self._loss_sum += value * len(batch.images)
         return value
+
+    @contextmanager
+    def _monitored(self, step: int) -> Iterator[None]:
+        """Measure the gradient angles of step 1, 2, ... if it is due."""
+        if self.monitor is None:
+            yield
+            return
+        self.monitor.steps = step - 1
+        with self.monitor.step() as due:
+            yield
+        angles = self.monitor.angles
+        if due and angles:
+            self.angles.add(step, angles)
+            for name, value in {"mean": mean_angle(angles), **angles}.items():
+                self._step_scalars.add_scalar(f"step_angle/{name}", value, step)
 
     def _after_step(self, engine: Any) -> None:
         state = engine.state
@@ -243,6 +274,8 @@ class Trainer:
         angles = [earlier["angle"] for earlier in self.history if earlier["angle"] is not None]
         if angles:
             shown["angle"] = angles[-1]
+        if self.monitor and self.monitor.angles:
+            shown["step_angle"] = mean_angle(self.monitor.angles)
         state.metrics = shown
 
     def _finish_epoch(self, row: dict[str, Any]) -> None:
@@ -259,7 +292,8 @@ class Trainer:
         if not self.best or row["val_nll"] < self.best["val_nll"]:
             self.best = {"epoch": row["epoch"], "val_nll": row["val_nll"]}
             checkpoint.save(self.folder / "best.pt", common)
-        # Last, so that a run cut off between the two does this epoch again and finds the same.
+        self.angles.write()
+        # Last, so that a run cut off before it does this epoch again and finds the same.
         resumable = {
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,

@@ -123,7 +123,7 @@ def train(
     with seeded(device, config.seed, "initialize"):
         flow = build(model).to(device)
     flow.recon_weight = config.recon_weight
-    if config.angle_every and (note := left_out(flow)):
+    if (config.angle_every or config.monitor_every) and (note := left_out(flow)):
         print(note, file=sys.stderr)
     trainer = Trainer(flow, model, data, config, folder, progress)
     if resume is None:
