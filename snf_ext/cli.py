@@ -289,31 +289,16 @@ def sample(options: Sample) -> None:
     side = "exact" if options.exact else "refined" if options.refine else "learned"
     pictures.save_samples(
         options.out,
-        _Refining(flow, options.refine) if options.refine else flow,
+        flow,
         levels,
         options.count,
         options.seed,
         options.temperature,
         (side,),
         options.label,
+        options.refine,
     )
     print(f"samples: {options.out}")
-
-
-class _Refining(Flow):
-    """A flow whose samples are drawn by its learned inverses, refined."""
-
-    def __init__(self, flow: Flow, refine: int) -> None:
-        super().__init__(
-            flow.bijections,  # type: ignore[arg-type]
-            flow.event_shape,
-            flow.recon_weight,
-            flow.context_features,
-        )
-        self.refine = refine
-
-    def sample(self, *args: Any, **options: Any) -> Tensor:
-        return super().sample(*args, **(options | {"refine": self.refine}))
 
 
 COMMANDS: dict[type, Callable[[Any], None]] = {Train: train, Evaluate: evaluate, Sample: sample}

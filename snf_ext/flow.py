@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .bijection import Bijection, FlowStep, per_sample_sum, pull, push, walk, wide_dtype
+from .exact import Plan
 from .refine import checked_refine
 
 
@@ -193,6 +194,25 @@ class Flow(nn.Module):
         like = next(self.parameters(), torch.empty(0))
         noise = torch.randn(count, *self.latent_shape, dtype=like.dtype, device=like.device)
         return self.inverse(noise * temperature, context, exact=exact, refine=refine)
+
+    def exact_plans(self) -> dict[str, Plan]:
+        """What the exact values of each convolution take, in operations and memory, by name.
+
+        For every layer that has an ``exact_plan``, at any depth, in the order of the data.
+        Nothing is computed.
+
+        >>> import snf_ext
+        >>> flow = snf_ext.Flow([snf_ext.SelfNormConv2d(3, 3)], event_shape=(3, 64, 64))
+        >>> for name, plan in flow.exact_plans().items():
+        ...     print(f"{name}: {plan.parts}")
+        bijections.0: 64 blocks of 192 rows
+        """
+        names = {module: name for name, module in self.named_modules()}
+        return {
+            names[part]: part.exact_plan((shape[-2], shape[-1]))  # type: ignore[operator]
+            for part, shape in walk(self._steps(), self.event_shape)
+            if hasattr(part, "exact_plan")
+        }
 
     def _steps(self) -> list[Bijection]:
         return list(self.bijections)  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .block_matrix import block_matrices, diagonal_block, sum_over_places
 
-# Looking for a fixed point costs a few reads of a block: not after every step.
-_LOOK_EVERY = 4
+# Looking for a fixed point costs as much as half a step of small blocks: not after every one.
+_LOOK_EVERY, _SMALL = 4, 64
 # Rounding errors are at most about so many times those of an LU with full pivoting.
 _MAX_GROWTH = 1e6
 
@@ -48,6 +48,7 @@ class BlockLU:
         kernels = kernels.detach()
         self._shape, self._width, self._rows = kernels.shape, size[1], rows
         self._steps: list[_Step] = []
+        self._look_every = _LOOK_EVERY if rows * size[1] * kernels.shape[1] < _SMALL else 1
         before = -(-size[0] // rows) - 1  # blocks but for the last
         if before:
             last = self._eliminate(kernels, before)
@@ -78,7 +79,7 @@ class BlockLU:
             probes.append(solved[:, :, upper.shape[2] :])
             self._steps.append(_Step(lu, pivots, reduced))
             following = torch.baddbmm(diagonal, self._lower, reduced, alpha=-1)
-            if i % _LOOK_EVERY == _LOOK_EVERY - 1 and _settled(schur, following):
+            if i % self._look_every == self._look_every - 1 and _settled(schur, following):
                 break
             schur = following
         self.weak = _growth(kernels, torch.stack(probes)) > _MAX_GROWTH
@@ -141,7 +142,7 @@ class BlockLU:
             left = times
             while left:
                 following = torch.baddbmm(inverse, step.reduced, corner @ lower)
-                look = left > 1 and left % _LOOK_EVERY == 0
+                look = left > 1 and left % self._look_every == 0
                 alike = left if look and _settled(corner, following) else 1
                 corners.add_(corner, alpha=alike)
                 on.add_(following, alpha=alike)

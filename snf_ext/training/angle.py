@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import exact, ops
-from ..bijection import FlowStep, per_sample_sum, walk
+from ..bijection import FlowStep, per_sample_sum
 from ..flow import Flow
 from ..layers import SelfNormConv2d, SelfNormLinear
 from .batches import split
 
-# A convolution's matrix has D^2 numbers, and its exact gradient needs several such.
-MAX_DENSE = 2048
+# A measurement of a layer is not worth more operations than these: some 10 seconds.
+MAX_OPERATIONS = 5e10
 # Deep flows keep every activation in float64: these many images at a time.
 CHUNK = 50
 
@@ -45,7 +45,8 @@ def gradient_angle(flow: Flow, x: Tensor, context: Tensor | None = None) -> dict
         no layer has a learned inverse. nan where a gradient is zero. Convolutions of
         :func:`too_large` are left out.
 
-    Cost: forward and backward in float64, and O(D^3) for each layer (O(C^3) for 1x1 kernels).
+    Cost: forward and backward in float64, and each layer's exact gradient: O(D^3) for a linear one,
+    what :func:`snf_ext.exact.plan_conv2d` says for a convolution.
     Source: SNF section 5.3 and Figure 3.
 
     >>> import snf_ext
@@ -100,17 +101,12 @@ def measured(flow: Flow) -> dict[str, Learned]:
     }
 
 
-def too_large(flow: Flow) -> dict[str, int]:
-    """Convolutions larger than 1x1 whose matrix has more than 2,048 rows: name and rows."""
-    rows = {
-        part: math.prod(shape)
-        for part, shape in walk(list(flow.bijections), flow.event_shape)  # type: ignore[arg-type]
-        if isinstance(part, SelfNormConv2d) and part.weight.shape[2:] != (1, 1)
-    }
+def too_large(flow: Flow) -> dict[str, exact.Plan]:
+    """Convolutions whose exact log-determinant takes over 50 Gflop, by name."""
     return {
-        name: rows[module]
-        for name, module in flow.named_modules()
-        if isinstance(module, SelfNormConv2d) and rows.get(module, 0) > MAX_DENSE
+        name: plan
+        for name, plan in flow.exact_plans().items()
+        if isinstance(flow.get_submodule(name), SelfNormConv2d) and plan.operations > MAX_OPERATIONS
     }
 
 
@@ -120,8 +116,9 @@ def left_out(flow: Flow) -> str | None:
     if not large:
         return None
     return (
-        f"no gradient angle for {len(large)} convolutions: their matrices have up to "
-        f"{max(large.values())} rows, more than {MAX_DENSE}"
+        f"no gradient angle for {len(large)} convolutions: their exact log-determinants take up to "
+        f"{max(plan.operations for plan in large.values()) / 1e9:.2g} Gflop each, more than "
+        f"{MAX_OPERATIONS / 1e9:.2g}"
     )
 
 

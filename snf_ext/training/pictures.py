@@ -62,6 +62,7 @@ def save_samples(
     temperature: float = 1.0,
     sides: tuple[str, ...] = ("learned", "exact"),
     label: int | None = None,
+    refine: int = 0,
 ) -> None:
     """Samples from one noise, by the learned and by the exact inverse side by side (SNF Figure 2).
 
@@ -72,8 +73,9 @@ def save_samples(
         count: samples a side.
         seed: of the noise.
         temperature: standard deviation of the noise.
-        sides: which inverses to show.
+        sides: which inverses to show, of "learned", "exact" and "refined".
         label: the class of all samples of a conditional flow; one row a class if None.
+        refine: steps of the refined inverses.
     """
     device, panels = device_of(flow), {}
     labels, columns, kind = None, None, ""
@@ -85,7 +87,13 @@ def save_samples(
     context = context_of(flow, labels)
     for side in sides:
         with seeded(device, seed, "sample"):
-            images = flow.sample(count, context, exact=side == "exact", temperature=temperature)
+            images = flow.sample(
+                count,
+                context,
+                exact=side == "exact",
+                temperature=temperature,
+                refine=refine if side == "refined" else 0,
+            )
         panels[f"{side} inverse" + _not_finite(images)] = grid(images, pixel_levels, columns)
     _save_panels(path, f"{count} samples{kind} from the same noise", panels)
 
