@@ -86,7 +86,9 @@ def check(weight, geometry, device="cpu", condition=None):
     error = np.abs(leaf.grad.cpu().numpy() - gradient).max() / np.abs(gradient).max()
     assert error < max(1e-12, 1e-15 * condition)
     rhs = np.random.default_rng(1).standard_normal((3, len(matrix)))
-    x = lu.solve(torch.from_numpy(rhs).to(device)).cpu().numpy()
+    given = torch.from_numpy(rhs.copy()).to(device)
+    x = lu.solve(given).cpu().numpy()
+    assert torch.equal(given.cpu(), torch.from_numpy(rhs))
     scale = np.linalg.norm(matrix) * np.linalg.norm(x) + np.linalg.norm(rhs)
     assert np.linalg.norm(x @ matrix.T - rhs) < 1e-12 * scale
 

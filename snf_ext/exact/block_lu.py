@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -89,13 +87,15 @@ class BlockLU:
         total = _log_abs_diagonal(self._last_lu)
         if self._steps:
             times = torch.tensor(self._times, dtype=total.dtype)
-            logs = _log_abs_diagonal(torch.stack([step.lu for step in self._steps]))
+            factors = torch.stack([step.lu for step in self._steps if step.lu is not None])
+            logs = _log_abs_diagonal(factors)
             total = total + times @ logs
         return total
 
     def move(self, device: torch.device) -> None:
         """Solve there from now on."""
-        self._steps = [_Step(*(part.to(device) for part in step)) for step in self._steps]
+        for step in self._steps:
+            step.move(device)
         self._last_lu, self._last_pivots = self._last_lu.to(device), self._last_pivots.to(device)
         if self._steps:
             self._lower = self._lower.to(device)
@@ -110,12 +110,12 @@ class BlockLU:
         lower = [self._lower] * (before - 1) + [self._lower[:, : self._tail]]
         steps = [step for step, n in zip(self._steps, self._times, strict=True) for _ in range(n)]
         for i, step in enumerate(steps):
-            parts[i] = torch.linalg.lu_solve(step.lu, step.pivots, parts[i])
-            parts[i + 1] = parts[i + 1] - lower[i] @ parts[i]
+            parts[i] = step.inverse @ parts[i]
+            parts[i + 1] = torch.baddbmm(parts[i + 1], lower[i], parts[i], alpha=-1)
         parts[-1] = torch.linalg.lu_solve(self._last_lu, self._last_pivots, parts[-1])
         for i in reversed(range(before)):
             reduced = steps[i].reduced[:, :, : parts[i + 1].shape[1]]
-            parts[i] = parts[i] - reduced @ parts[i + 1]
+            parts[i] = torch.baddbmm(parts[i], reduced, parts[i + 1], alpha=-1)
         return torch.cat(parts, 1)
 
     def gradient(self) -> Tensor:
@@ -136,7 +136,7 @@ class BlockLU:
         corner[:, :tail, :tail] = _inverse(self._last_lu, self._last_pivots)
         on, below, above = corner.clone(), torch.zeros_like(corner), torch.zeros_like(corner)
         for step, times in zip(reversed(self._steps), reversed(self._times), strict=True):
-            inverse = _inverse(step.lu, step.pivots)
+            inverse = step.inverse
             lower = self._lower @ inverse
             corners = torch.zeros_like(corner)
             left = times
@@ -153,10 +153,27 @@ class BlockLU:
         return sum_over_places(blocks, self._shape, self._width, self._rows)
 
 
-class _Step(NamedTuple):
-    lu: Tensor
-    pivots: Tensor
-    reduced: Tensor  # S^-1 U
+class _Step:
+    """One block of the elimination: S by its factors, or its inverse once that is asked for."""
+
+    def __init__(self, lu: Tensor, pivots: Tensor, reduced: Tensor) -> None:
+        self.reduced = reduced  # S^-1 U
+        self.lu: Tensor | None = lu
+        self._pivots: Tensor | None = pivots
+        self._inverse: Tensor | None = None
+
+    @property
+    def inverse(self) -> Tensor:
+        """S^-1, in place of the factors: a product is 3 times as fast as two substitutions."""
+        if self.lu is not None and self._pivots is not None:
+            self._inverse = _inverse(self.lu, self._pivots)
+            self.lu = self._pivots = None
+        assert self._inverse is not None
+        return self._inverse
+
+    def move(self, device: torch.device) -> None:
+        if device.type != "cpu":
+            self._inverse, self.reduced = self.inverse.to(device), self.reduced.to(device)
 
 
 def _split(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,12 +44,17 @@ class Piece(NamedTuple):
 
     def cut(self, images: Tensor) -> Tensor:
         """The copies of all images: ``(B, C, H, W) -> (B copies, C, h, w)``."""
+        if self.size == images.shape[2:]:  # the whole image
+            return images
         rows, columns = self.rows[:, None, :, None], self.columns[None, :, None, :]
         copies = images[:, :, rows.to(images.device), columns.to(images.device)]
         return copies.movedim(1, 3).flatten(0, 2)
 
     def paste(self, images: Tensor, copies: Tensor) -> None:
         """The inverse of :meth:`cut`: puts ``copies`` into their places in ``images``."""
+        if self.size == images.shape[2:]:  # the whole image
+            images.copy_(copies)
+            return
         rows, columns = self.rows[:, None, :, None], self.columns[None, :, None, :]
         parts = copies.unflatten(0, (-1, self.rows.shape[0], self.columns.shape[0]))
         images[:, :, rows.to(images.device), columns.to(images.device)] = parts.movedim(3, 1)
