@@ -48,7 +48,7 @@ class BandLU:
 
     def substitute(self, rhs: Tensor, transposed: bool = False) -> Tensor:
         """As :meth:`solve`, also for the transposed matrix, without a gradient."""
-        half, columns = self._half, np.array(rhs.detach().double().cpu(), order="F")
+        half, columns = self._half, np.array(rhs.detach().double().cpu().numpy(), order="F")
         if columns.size == 0:
             return rhs.clone()
         lapack = _lapack()
