@@ -290,7 +290,7 @@ def test_memory_is_what_the_plan_says(rows):
     kernels = torch.randn(2, 3, 3, 3, 3, dtype=torch.float64) / 5
     kernels[:, :, :, 1, 1] += torch.eye(3)
     lu = BlockLU(kernels, (12, 8), rows)
-    held = [t for step in lu._steps for t in (step.lu, step.reduced)] + [lu._last_lu]
+    held = [t for step in lu._steps for t in step] + [lu._last_lu]
     taken = sum(t.untyped_storage().nbytes() for t in held)
     layouts = plan.layouts(tuple(kernels.shape), (12, 8))
     planned = next((p for p in layouts if p.rows == rows and not p.transposed), None)

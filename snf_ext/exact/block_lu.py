@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ class BlockLU:
         size: ``(h, w)`` of the image.
         rows: image rows in a block, at least ``kh // 2``; all of them for one dense LU.
 
-    Cost: ``(h / rows) * 14/3 m^3`` operations a group, ``m = rows w c``, less where the fixed point
+    Cost: ``(h / rows) * 20/3 m^3`` operations a group, ``m = rows w c``, less where the fixed point
     is reached; ``2 m^2`` numbers for each step taken.
 
     >>> kernel = torch.tensor([0.0, 2.0, 1.0]).double().reshape(1, 1, 1, 3, 1)
@@ -57,45 +59,38 @@ class BlockLU:
         self._tail = (size[0] - before * rows) * size[1] * kernels.shape[1]
         last = last[:, : self._tail, : self._tail]
         self._last_lu, self._last_pivots, _ = torch.linalg.lu_factor_ex(last)
+        self.log_abs_det = self._last_lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(1)
+        """``log |det T|`` of each group in nats, ``(G,)``; -inf where a pivot is 0."""
         # How often each step is taken: the last one kept stands for all that follow.
         self._times = [1] * len(self._steps)
         if before:
             self._times[-1] += before - len(self._steps)
-        self.log_abs_det = self._sum_of_logs()
-        """``log |det T|`` of each group in nats, ``(G,)``; -inf where a pivot is 0."""
+            self.log_abs_det += self._logs.sum(0) + (self._times[-1] - 1) * self._logs[-1]
 
     def _eliminate(self, kernels: Tensor, before: int) -> Tensor:
         """Fills ``_steps``; returns the last S."""
         self._lower, diagonal, upper = _split(block_matrices(kernels, self._width, self._rows))
-        # Columns one after the other, as LAPACK takes them, and two probes of the inverse's size.
-        right = torch.cat([upper, _probes(upper)], 2).mT.contiguous().mT
-        schur, probes = diagonal, []
+        # Columns one after the other, as LAPACK takes them.
+        unit = torch.eye(upper.shape[2], dtype=upper.dtype).expand_as(upper).mT.contiguous().mT
+        schur, logs, norms = diagonal, [], []
         for i in range(before):
             lu, pivots, _ = torch.linalg.lu_factor_ex(schur)
-            solved = torch.linalg.lu_solve(lu, pivots, right)
-            reduced = solved[:, :, : upper.shape[2]]
-            probes.append(solved[:, :, upper.shape[2] :])
-            self._steps.append(_Step(lu, pivots, reduced))
+            inverse = torch.linalg.lu_solve(lu, pivots, unit)
+            reduced = inverse @ upper
+            self._steps.append(_Step(inverse, reduced))
+            logs.append(lu.diagonal(dim1=-2, dim2=-1).clone())
+            norms.append(torch.linalg.vector_norm(inverse, dim=2))
             following = torch.baddbmm(diagonal, self._lower, reduced, alpha=-1)
             if i % self._look_every == self._look_every - 1 and _settled(schur, following):
                 break
             schur = following
-        self.weak = _growth(kernels, torch.stack(probes)) > _MAX_GROWTH
+        self.weak = _growth(kernels, torch.stack(norms)) > _MAX_GROWTH
+        self._logs = torch.stack(logs).abs().log().sum(2)  # (steps, G)
         return following
-
-    def _sum_of_logs(self) -> Tensor:
-        total = _log_abs_diagonal(self._last_lu)
-        if self._steps:
-            times = torch.tensor(self._times, dtype=total.dtype)
-            factors = torch.stack([step.lu for step in self._steps if step.lu is not None])
-            logs = _log_abs_diagonal(factors)
-            total = total + times @ logs
-        return total
 
     def move(self, device: torch.device) -> None:
         """Solve there from now on."""
-        for step in self._steps:
-            step.move(device)
+        self._steps = [_Step(*(part.to(device) for part in step)) for step in self._steps]
         self._last_lu, self._last_pivots = self._last_lu.to(device), self._last_pivots.to(device)
         if self._steps:
             self._lower = self._lower.to(device)
@@ -133,60 +128,35 @@ class BlockLU:
         """
         size, tail = self._shape[1] * self._width * self._rows, self._tail
         corner = self._last_lu.new_zeros(self._shape[0], size, size)  # G_(i+1,i+1)
-        corner[:, :tail, :tail] = _inverse(self._last_lu, self._last_pivots)
+        unit = torch.eye(tail, dtype=corner.dtype).expand(len(corner), -1, -1)
+        corner[:, :tail, :tail] = torch.linalg.lu_solve(self._last_lu, self._last_pivots, unit)
         on, below, above = corner.clone(), torch.zeros_like(corner), torch.zeros_like(corner)
         for step, times in zip(reversed(self._steps), reversed(self._times), strict=True):
-            inverse = step.inverse
-            lower = self._lower @ inverse
+            lower = self._lower @ step.inverse
             corners = torch.zeros_like(corner)
             left = times
             while left:
-                following = torch.baddbmm(inverse, step.reduced, corner @ lower)
+                down = corner @ lower
+                following = torch.baddbmm(step.inverse, step.reduced, down)
                 look = left > 1 and left % self._look_every == 0
                 alike = left if look and _settled(corner, following) else 1
+                below.sub_(down, alpha=alike)
                 corners.add_(corner, alpha=alike)
                 on.add_(following, alpha=alike)
                 corner, left = following, left - alike
-            below.baddbmm_(corners, lower, alpha=-1)
             above.baddbmm_(step.reduced, corners, alpha=-1)
         blocks = torch.cat([above.mT, on.mT, below.mT], 2)
         return sum_over_places(blocks, self._shape, self._width, self._rows)
 
 
-class _Step:
-    """One block of the elimination: S by its factors, or its inverse once that is asked for."""
-
-    def __init__(self, lu: Tensor, pivots: Tensor, reduced: Tensor) -> None:
-        self.reduced = reduced  # S^-1 U
-        self.lu: Tensor | None = lu
-        self._pivots: Tensor | None = pivots
-        self._inverse: Tensor | None = None
-
-    @property
-    def inverse(self) -> Tensor:
-        """S^-1, in place of the factors: a product is 3 times as fast as two substitutions."""
-        if self.lu is not None and self._pivots is not None:
-            self._inverse = _inverse(self.lu, self._pivots)
-            self.lu = self._pivots = None
-        assert self._inverse is not None
-        return self._inverse
-
-    def move(self, device: torch.device) -> None:
-        if device.type != "cpu":
-            self._inverse, self.reduced = self.inverse.to(device), self.reduced.to(device)
+class _Step(NamedTuple):
+    inverse: Tensor  # S^-1: a product with it is 3 times as fast as two substitutions
+    reduced: Tensor  # S^-1 U
 
 
 def _split(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     lower, diagonal, upper = (block.contiguous() for block in blocks.chunk(3, 2))
     return lower, diagonal, upper
-
-
-def _inverse(lu: Tensor, pivots: Tensor) -> Tensor:
-    return torch.linalg.lu_solve(lu, pivots, torch.eye(lu.shape[1], dtype=lu.dtype).expand_as(lu))
-
-
-def _log_abs_diagonal(lu: Tensor) -> Tensor:
-    return lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
 
 
 def _settled(old: Tensor, new: Tensor) -> bool:
@@ -195,23 +165,17 @@ def _settled(old: Tensor, new: Tensor) -> bool:
     return bool(((new - old).abs().amax((1, 2)) <= bound).all())
 
 
-def _probes(like: Tensor) -> Tensor:
-    """Two columns of fixed random signs for each group."""
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(2, (like.shape[1], 2), generator=generator, dtype=like.dtype) * 2 - 1
-    return signs.expand(like.shape[0], -1, -1)
-
-
-def _growth(kernels: Tensor, probes: Tensor) -> np.ndarray:
+def _growth(kernels: Tensor, norms: Tensor) -> np.ndarray:
     """How far rounding errors of the elimination grow, ``(G,)``; nan counts as infinite.
 
     One step puts an error of ``|L| |S^-1| |S| |S^-1| |U|`` times the precision into the next S,
-    relative to |T|; the size of S^-1 is what it makes of random signs.
+    relative to |T|. Norms are maximum row sums, but of S^-1 the norms of its rows, ``norms``
+    ``(steps, G, m)``: rounding errors have random signs.
     """
     sums = kernels.abs().sum((2, 4)).amax(1).numpy()  # (G, kh)
     centre = kernels.shape[3] // 2
     above, here, below = sums[:, :centre].sum(1), sums[:, centre], sums[:, centre + 1 :].sum(1)
-    inverse = probes.abs().amax((2, 3)).numpy()  # (steps, G)
+    inverse = norms.amax(2).numpy()  # (steps, G)
     schur = here + above * below * np.concatenate([np.zeros_like(inverse[:1]), inverse[:-1]])
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         growth = above * below * inverse**2 * schur / (above + here + below)

@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     Attributes:
         method: ``"blocks"``, ``"dense"`` or ``"fourier"``.
         parts: what is factorised, in words.
-        operations: multiplications and additions, at most; with the gradient about 3 times those.
+        operations: multiplications and additions, at most; with the gradient about 2.5 times those.
         bytes: of memory, at most.
         dense_operations, dense_bytes: the same for an LU of the whole matrix.
     """
@@ -77,7 +77,7 @@ def plan_conv2d(
         dilation, groups, circular: as in the convolution.
 
     >>> print(plan_conv2d((3, 3, 3, 3), (64, 64)))
-    blocks: 64 blocks of 192 rows; 2.1 Gflop and 40.1 MB (dense 1.2e+03 Gflop and 1.2 GB)
+    blocks: 64 blocks of 192 rows; 3 Gflop and 40.1 MB (dense 1.2e+03 Gflop and 1.2 GB)
     """
     height, width = spatial_shape
     channels, per_group = weight_shape[:2]
@@ -126,7 +126,7 @@ def layouts(kernels: tuple[int, ...], size: tuple[int, int]) -> list[Layout]:
 def _layout(transposed: bool, size: tuple[int, int], rows: int, row: int, groups: int) -> Layout:
     before = -(-size[0] // rows) - 1
     block, last = rows * row, (size[0] - before * rows) * row
-    operations = groups * (before * 14 / 3 * block**3 + 2 / 3 * last**3)
+    operations = groups * (before * 20 / 3 * block**3 + 2 / 3 * last**3)
     kept = 2 * before * block**2 + last**2
     blocks = 3 if before else 1  # L, D, U or D alone, and where their elements come from
     passing = blocks * (2 * groups + 1) * block**2

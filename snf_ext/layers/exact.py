@@ -69,7 +69,7 @@ class ExactConv2d(Bijection):
 
     Arguments and shapes as in :class:`SelfNormConv2d`, less the inverse's kernel.
 
-    Cost: a convolution and about 3 times what :meth:`exact_plan` says, a training step: at most
+    Cost: a convolution and about 2.5 times what :meth:`exact_plan` says, a training step: at most
     O(H (W C)^3) for 3x3 kernels, never O((C H W)^3).
 
     >>> layer = ExactConv2d(2, 3)
@@ -134,7 +134,7 @@ class ExactConv2d(Bijection):
 
         >>> layer = ExactConv2d(3, 3)
         >>> print(layer.exact_plan((64, 64)))
-        blocks: 64 blocks of 192 rows; 2.1 Gflop and 40.1 MB (dense 1.2e+03 Gflop and 1.2 GB)
+        blocks: 64 blocks of 192 rows; 3 Gflop and 40.1 MB (dense 1.2e+03 Gflop and 1.2 GB)
         """
         size = image_size(spatial_shape)
         return exact.plan_conv2d(tuple(self.weight.shape), size, *self.shape.geometry)

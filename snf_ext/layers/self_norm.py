@@ -319,7 +319,7 @@ class SelfNormConv2d(_SelfNorm):
 
         >>> layer = SelfNormConv2d(3, 3)
         >>> print(layer.exact_plan((64, 64)))
-        blocks: 64 blocks of 192 rows; 2.1 Gflop and 40.1 MB (dense 1.2e+03 Gflop and 1.2 GB)
+        blocks: 64 blocks of 192 rows; 3 Gflop and 40.1 MB (dense 1.2e+03 Gflop and 1.2 GB)
         """
         size = image_size(spatial_shape)
         return exact.plan_conv2d(tuple(self.weight.shape), size, *self.shape.geometry)
