@@ -1,13 +1,13 @@
 """The authoritative comparison: every variant of a case interleaved in one process.
 
-    python -m bench.compare linear|conv|models|spline [--quick] [--out FILE.json] [--plot FILE.png]
+    python -m bench.compare linear|conv|models|spline|exact [--quick] [--out FILE] [--plot FILE]
 
 Prints the machine's noise, then one table a case: time, ratio to native (above 1: native is
 faster) and the ratio that has to be reached. Variants that claim the same gradients are compared
 before they are timed. With ``--device cuda`` each time stands beside its floor, and ``--graph``
-also times every step that can be captured as a CUDA graph. The JSON file is written after each
-case, so that a run that is cut short leaves what it had. The exit status is 1 where a case failed;
-a missed target is no failure.
+also times every step that can be captured as a CUDA graph. ``exact`` also times all sizes of blocks
+and measures memory. The JSON file is written after each case, so that a run that is cut short
+leaves what it had. The exit status is 1 where a case failed; a missed target is no failure.
 """
 
 from __future__ import annotations
@@ -23,7 +23,18 @@ import torch
 
 import snf_ext
 
-from . import cases, dispatches, floors, graphs, models, report, spline, steps
+from . import (
+    cases,
+    dispatches,
+    exact,
+    exact_memory,
+    floors,
+    graphs,
+    models,
+    report,
+    spline,
+    steps,
+)
 from .timing import Noise, Variant, interleave, machine_noise
 
 SUITES: dict[str, Callable[..., list[Variant]]] = {
@@ -31,6 +42,7 @@ SUITES: dict[str, Callable[..., list[Variant]]] = {
     "conv": steps.conv_variants,
     "models": steps.model_variants,
     "spline": spline.spline_variants,
+    "exact": exact.exact_variants,
 }
 
 # A product's median over the fastest one seen; a machine left alone stays well below.
@@ -75,8 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     drift = max(noise.median, after.median) / min(noise.fastest, after.fastest)
     if drift > QUIET:
         print(f"the machine was busy ({drift:.2f} times its fastest): do not quote these numbers")
-    missed = [r for r in result.rows if r["met"] is False]
-    judged = sum(r["met"] is not None for r in result.rows)
+    rows = [*result.rows, *result.memory]
+    missed = [r for r in rows if r["met"] is False]
+    judged = sum(r["met"] is not None for r in rows)
     print(f"targets met: {judged - len(missed)} of {judged}")
     for r in missed:
         print(f"  {r['case']}: {_missed(r)}")
@@ -94,6 +107,9 @@ def _measure(case: Any, result: _Result) -> None:
             gradients are not those of the composition.
     """
     args, rates = result.args, result.rates
+    if isinstance(case, cases.MemoryCase):
+        result.memory.append(exact_memory.measure(case))
+        return
     if isinstance(case, cases.ModelCase):
         for backend in (
             ("native", "reference") if steps.native_is_built(args.device) else ("reference",)
@@ -109,7 +125,10 @@ def _measure(case: Any, result: _Result) -> None:
                 failed = v.name.startswith("native") and not v.no_graph
                 (result.problem if failed else result.note)(text)
         variants += captured
-    check_gradients(variants)
+    if isinstance(case, cases.ExactCase):
+        exact.check_values(variants)
+    else:
+        check_gradients(variants)
     counts = _dispatches(variants) if isinstance(case, cases.ModelCase) else {}
     timings = interleave(
         variants, rounds=args.rounds, min_sample=args.min_sample, device=args.device
@@ -133,6 +152,8 @@ def _measure(case: Any, result: _Result) -> None:
         listed = "; ".join(f"{name} {number}" for name, number in counts.items())
         print(f"operators dispatched a step: {listed}\n", flush=True)
     result.rows += found
+    if isinstance(case, cases.ExactCase):
+        result.layouts += exact.layout_rows(case, args.rounds, args.min_sample)
 
 
 def _dispatches(variants: Sequence[Variant]) -> dict[str, int]:
@@ -151,6 +172,8 @@ class _Result:
     def __init__(self, args: argparse.Namespace, noise: Noise, rates: floors.Rates | None) -> None:
         self.args, self.noise, self.rates = args, noise, rates
         self.rows: list[dict[str, Any]] = []
+        self.layouts: list[dict[str, Any]] = []  # sizes of blocks, of exact cases
+        self.memory: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.problems: list[str] = []
 
@@ -172,7 +195,8 @@ class _Result:
         if self.rates is not None:
             record |= {"step": steps.GPU_STEP, "floor": floors.FORMULA}
             record |= {"rates": self.rates.record()}
-        record |= {k: v for k in ("notes", "problems") if (v := getattr(self, k))}
+        optional = ("notes", "problems", "layouts", "memory")
+        record |= {k: v for k in optional if (v := getattr(self, k))}
         return record | {"rows": self.rows}
 
     def save(self, after: Noise | None = None) -> None:
@@ -268,7 +292,9 @@ def _missed(row: dict[str, Any]) -> str:
     if row.get("limit_s") is not None:
         limit = row["limit_s"]
         return f"{row['variant']} {row['median_s'] * 1e6:.1f} us, wanted {limit * 1e6:g}"
-    return f"{row['variant']} / native {row['ratio']:.2f}, wanted {row['target']}"
+    if "bytes" in row:
+        return exact_memory.words(row)
+    return f"{row['variant']} / {row['ratio_base']} {row['ratio']:.2f}, wanted {row['target']}"
 
 
 def _is_source_tree() -> bool:

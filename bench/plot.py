@@ -21,7 +21,7 @@ __all__ = ["draw"]
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Linear: time against D. Convolutions and models: time relative to native, case by case.
+    """Linear: time against D. Others: time relative to native or to the package, case by case.
 
     Of a GPU: times beside their floor, case by case.
     """
@@ -30,7 +30,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         kind, lines = _floors, len({(r["case"], _eager(r)) for r in rows})
         size = (8.0, max(5.0, 0.15 * lines))
     else:
-        kind, size = _curves if result["suite"] == "linear" else _dots, (8.0, 5.0)
+        height = max(5.0, 0.2 * len({r["case"] for r in rows}))
+        kind, size = _curves if result["suite"] == "linear" else _dots, (8.0, height)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     kind(axes, rows)
     axes.set_title(headline(result["environment"]), fontsize=9)
@@ -75,9 +76,10 @@ def _curves(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _dots(axes: Any, rows: list[dict[str, Any]]) -> None:
-    base = rows[0]["ratio_base"]
+    bases = {r["ratio_base"] for r in rows}
+    base = rows[0]["ratio_base"] if len(bases) == 1 else "the package"
     cases = list(dict.fromkeys(r["case"] for r in rows))
-    variants = {k: v for k, v in _by_variant(rows).items() if k != base}
+    variants = {k: v for k, v in _by_variant(rows).items() if k not in bases}
     step = 0.7 / len(variants)
     for i, (name, found) in enumerate(variants.items()):
         middle = [r["ratio"] for r in found]

@@ -23,7 +23,10 @@ from .timing import Noise, Timing
 __all__ = ["environment", "headline", "noise_record", "print_table", "rows", "write_json"]
 
 # What the others are measured against: the first of these that was timed.
-BASES = ("native, graph", "native, fused Adam, graph", "native", "reference")
+BASES = (
+    *("native, graph", "native, fused Adam, graph", "native", "reference"),
+    *("package", "package (blocks)", "package (fourier)", "package (dense)"),  # of exact values
+)
 
 
 def environment(command: str, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -130,7 +133,7 @@ def rows(
     graph_us: Mapping[str, float] | None = None,
     floors: Mapping[str, Floor] | None = None,
 ) -> list[dict[str, Any]]:
-    """One record a variant: quartiles, the ratio to native, the target and whether it is met.
+    """One record a variant: quartiles, the ratio to the first, the target and whether it is met.
 
     ``fraction`` is the rate of the case's necessary operations over the measured product rate, the
     same operations for every variant whatever it really does. Without a native build the ratios are
@@ -138,7 +141,9 @@ def rows(
     native as a CUDA graph, and targets apply only there.
     """
     base = timings[next(name for name in BASES if name in timings)]
-    judged = base.name.startswith("native") and (floors is None or base.name.endswith(", graph"))
+    judged = base.name.startswith(("native", "package")) and (
+        floors is None or base.name.endswith(", graph")
+    )
     result = []
     for name, timing in timings.items():
         low, median, high = timing.quartiles()
@@ -185,7 +190,7 @@ def print_table(records: Sequence[Mapping[str, Any]]) -> None:
     """One line a variant: median and [quartiles]; milliseconds, with floors microseconds."""
     base, with_floor = records[0]["ratio_base"], "floor_s" in records[0]
     unit, scale, digits = ("us", 1e6, 1) if with_floor else ("ms", 1e3, 3)
-    name_width = max(22, *(len(r["variant"]) + 3 for r in records))
+    name_width = max(22, len(records[0]["case"]) + 1, *(len(r["variant"]) + 3 for r in records))
     ratio_width = max(12, len(base) + 3)
     last = f"{'floor':>8}{'reached':>9}" if with_floor else f"{'of rate':>8}"
     print(

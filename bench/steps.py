@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -22,6 +23,7 @@ from snf_ext.layers.relative import relative_linear
 from . import baselines
 from .cases import ConvCase, LinearCase, ModelCase
 from .composition import ComposedConv2d, ComposedLinear
+from .exact_dense import dense_log_abs_det, swapped
 from .floors import allow_tf32
 from .models import composed_like, make_flow
 from .timing import Variant, product_step
@@ -45,6 +47,7 @@ EXACT_CONV_FEATURES = 1024
 
 # Why no CUDA graph is tried: one that fails half-way can spoil those after it.
 FACTORISES = "its factorisation may synchronise"
+ON_HOST = "its elimination is on the CPU"
 ADAM_ON_HOST = "its Adam counts the steps on the host"
 
 End = Callable[..., None]  # the rest of a step, from (z, log_det, recon) or the first of them
@@ -275,17 +278,25 @@ def conv_variants(
         variants += _compiled(snf_ext.reference.snf_conv2d, tensors, end)
     variants.append(_composed(ComposedConv2d(c, k), tensors, end))
 
+    exact = _exact_conv("exact", tensors, end)
+    variants.append(dataclasses.replace(exact, no_graph=ON_HOST))
     if case.features <= EXACT_CONV_FEATURES:
-        exact = snf_ext.ExactConv2d(c, k).to(device)
-        _set((exact.weight, exact.bias), [weight, tensors[3]])
-        (leaf,) = _leaves(x)
-        leaves = (leaf, exact.weight, exact.bias)
-        variant = _variant("exact (dense)", lambda: end(*exact(leaf)), leaves, comparable=False)
-        variants.append(dataclasses.replace(variant, no_graph=FACTORISES))
+        dense = _exact_conv("exact (dense)", tensors, end)
+        context = functools.partial(swapped, log_abs_det=dense_log_abs_det)
+        variants.append(dataclasses.replace(dense, no_graph=FACTORISES, context=context))
 
     delta, error = torch.randn(2, *x.shape, device=device).unbind()
     args = (x, delta, error, weight, weight_inv)
     return [*variants, Variant("stock products", lambda: baselines.conv_products(*args))]
+
+
+def _exact_conv(name: str, tensors: tuple[Tensor, ...], end: End) -> Variant:
+    x, weight, _, bias = tensors
+    layer = snf_ext.ExactConv2d(weight.shape[0], weight.shape[2]).to(x.device)
+    _set((layer.weight, layer.bias), [weight, bias])
+    (leaf,) = _leaves(x)
+    leaves = (leaf, layer.weight, layer.bias)
+    return _variant(name, lambda: end(*layer(leaf)), leaves, comparable=False)
 
 
 def model_variants(

@@ -12,6 +12,7 @@ VARIANTS = (
     "reference",
     "compiled reference",
     "composed",
+    "exact",
     "exact (dense)",
     "stock products",
 )
