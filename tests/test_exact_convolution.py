@@ -226,6 +226,18 @@ def test_gradients_through_the_solution(way):
     assert torch.autograd.gradcheck(lu.solve, (rhs,))
 
 
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_what_inference_mode_keeps_serves_outside(padding_mode):
+    layer = SelfNormConv2d(3, 3, dilation=2, padding_mode=padding_mode).eval()
+    z = torch.randn(2, 3, 11, 7)
+    with torch.inference_mode():
+        layer(z)
+        layer.inverse(z, exact=True)
+    z.requires_grad_()
+    layer.inverse(z, exact=True).sum().backward()
+    assert z.grad.isfinite().all()
+
+
 def test_operator(way):
     kernels = torch.randn(2, 2, 2, 3, 3, dtype=torch.float64) / 9
     kernels[:, :, :, 1, 1] += torch.eye(2)

@@ -7,13 +7,13 @@ L, D, U before, on and after the diagonal are the same everywhere.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+from .kept import kept
+
 # Indices of larger blocks are made anew: their cost disappears beside the arithmetic.
-_KEPT = 256
+_KEPT = 128
 
 
 def block_matrices(kernels: Tensor, width: int, rows: int) -> Tensor:
@@ -51,8 +51,7 @@ def _index(
 ) -> Tensor:
     """Which tap stands where in ``[L | D | U]``; the number of taps where none does."""
     channels, tall, wide = shape[2:]
-    keep = rows * width * channels <= _KEPT and not torch.compiler.is_compiling()
-    make = _kept_index if keep else _make_index
+    make = _kept_index if rows * width * channels <= _KEPT else _make_index
     return make(channels, tall, wide, width, rows, blocks)
 
 
@@ -73,4 +72,4 @@ def _make_index(
     return index.reshape(size, len(blocks) * size)
 
 
-_kept_index = lru_cache(maxsize=16)(_make_index)
+_kept_index = kept(_make_index)

@@ -24,6 +24,7 @@ class FactorizationCache:
         self._weight: Tensor | None = None
         self._entries: dict[Hashable, Factorization] = {}
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def get(
         self, weight: Tensor, key: Hashable, factorize: Callable[[], Factorization]

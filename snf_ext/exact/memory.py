@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# Less is not worth asking the system for.
+_TRIFLE = 10_000_000
 _UNITS = ("bytes", "KB", "MB", "GB", "TB", "PB")
 
 
@@ -15,7 +17,7 @@ def available_bytes() -> int | None:
 
 def require_memory(needed: int, what: str, way_out: str) -> None:
     """Raise MemoryError, naming ``what`` and ``way_out``, if ``needed`` bytes are not available."""
-    available = available_bytes()
+    available = available_bytes() if needed > _TRIFLE else None
     if available is not None and needed > available:
         raise MemoryError(
             f"{what} needs {in_units(needed)}, and {in_units(available)} are available; {way_out}"

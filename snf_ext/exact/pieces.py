@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .kept import kept
+
 
 class Piece(NamedTuple):
     """Alike copies of a convolution on small images, which are cut out of the large one.
@@ -60,6 +62,7 @@ class Piece(NamedTuple):
         images[:, :, rows.to(images.device), columns.to(images.device)] = parts.movedim(3, 1)
 
 
+@kept
 def pieces(
     kernel_size: tuple[int, int], spatial_shape: tuple[int, int], dilation: int
 ) -> list[Piece]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .kept import kept
 from .memory import in_units
 from .pieces import pieces
 
@@ -62,6 +63,7 @@ class Plan(NamedTuple):
         )
 
 
+@kept
 def plan_conv2d(
     weight_shape: tuple[int, ...],
     spatial_shape: tuple[int, int],
@@ -103,6 +105,7 @@ def plan_conv2d(
     return Plan(method, parts, operations, sum(layout.bytes for layout in layouts), *dense)
 
 
+@kept
 def layout_of(kernels: tuple[int, ...], size: tuple[int, int]) -> Layout:
     """The cheapest blocks for kernels of shape ``(G, c, c, kh, kw)`` on ``(h, w)`` images."""
     return min(layouts(kernels, size), key=lambda layout: layout.seconds)
