@@ -89,7 +89,7 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> None:
-        raise RuntimeError(
+        raise NotImplementedError(
             "the exact log-determinant of a convolution cannot be differentiated twice; "
             "torch.linalg.slogdet(snf_ext.exact.conv2d_matrix(weight, ...)) can"
         )
