@@ -1,7 +1,7 @@
 // Argument checks of the operators, in the same words as snf_ext/reference/checks.py.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <initializer_list>
 #include <optional>

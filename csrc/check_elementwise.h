@@ -1,7 +1,7 @@
 // Argument checks of the element-wise operators; see check.h.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace snf {
 

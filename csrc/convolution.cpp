@@ -1,5 +1,11 @@
 #include "convolution.h"
 
+#include <ATen/ops/_convolution.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/pad.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/Context.h>
 
 #include <algorithm>

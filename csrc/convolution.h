@@ -1,7 +1,7 @@
 // What every device's convolution step needs around its kernels, in torch.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "check.h"
 

@@ -4,7 +4,9 @@
 // options); forward and backward, which run an operator of elementwise_math.h.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <array>

@@ -1,7 +1,7 @@
 // What the spline's bindings share on all devices.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace snf {
 

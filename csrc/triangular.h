@@ -1,7 +1,7 @@
 // What CPU and CUDA share of triangular_conv2d_solve.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "precision.h"
 

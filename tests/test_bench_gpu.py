@@ -508,7 +508,7 @@ def test_modules_that_need_a_missing_package_are_skipped(tmp_path):
     command = [sys.executable, "-m", "pytest", "-p", "bench.missing_packages", "-q", "-rsE"]
     command += ["--rootdir", str(tmp_path), "-c", os.devnull, "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", str(tmp_path)]
-    env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert "package_that_is_nowhere is not installed" in done.stdout, done.stderr
     assert "1 passed, 1 skipped, 1 error" in done.stdout

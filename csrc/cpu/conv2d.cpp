@@ -1,5 +1,7 @@
 // snf_conv2d on the CPU: what surrounds the convolutions, and which way of doing them is taken.
-#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>

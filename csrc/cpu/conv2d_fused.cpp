@@ -1,6 +1,7 @@
 // The fused convolution step: images shared out to threads, weight gradients summed in a fixed
 // order.
-#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>

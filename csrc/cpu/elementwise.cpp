@@ -1,5 +1,6 @@
 // The element-wise operators on the CPU: which instruction set, and which thread takes what. One
 // file for all, as they differ in csrc/elementwise_math.h only.
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include "../elementwise_binding.h"

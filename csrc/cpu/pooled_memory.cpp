@@ -1,5 +1,9 @@
 #include "pooled_memory.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/util/accumulate.h>
+
 #include <cstddef>
 #include <list>
 #include <mutex>

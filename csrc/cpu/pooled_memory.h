@@ -1,7 +1,7 @@
 // Memory for large tensors, kept between steps.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace snf {
 

@@ -1,5 +1,7 @@
 // rq_spline on the CPU: shares tiles of the event out between threads; see rq_spline.inl.
-#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

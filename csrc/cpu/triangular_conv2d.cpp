@@ -1,6 +1,8 @@
 // triangular_conv2d_solve on the CPU: substitution pixel after pixel, with one image a lane, so
 // that vectors are full whatever the number of channels.
-#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

@@ -2,6 +2,9 @@
 // differ in csrc/elementwise_math.h only.
 #include "elementwise.h"
 
+#include <ATen/ops/amax.h>
+#include <ATen/ops/sum.h>
+
 #include "../elementwise_binding.h"
 #include "tensors.h"
 

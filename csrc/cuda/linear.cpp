@@ -1,5 +1,6 @@
 // snf_linear on CUDA: six products by the vendor's library, and one element-wise kernel in forward
 // and one in backward.
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <array>

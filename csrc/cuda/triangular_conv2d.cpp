@@ -1,6 +1,7 @@
 // triangular_conv2d_solve on CUDA.
 #include "triangular_conv2d.h"
 
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "../check.h"
