@@ -72,16 +72,17 @@ class BlockLU:
         self._lower, diagonal, upper = _split(block_matrices(kernels, self._width, self._rows))
         # Columns one after the other, as LAPACK takes them.
         unit = torch.eye(upper.shape[2], dtype=upper.dtype).expand_as(upper).mT.contiguous().mT
-        schur, logs, norms = diagonal, [], []
+        schur, logs, norms, rounding = diagonal, [], [], _rounding(diagonal)
         for i in range(before):
             lu, pivots, _ = torch.linalg.lu_factor_ex(schur)
             inverse = torch.linalg.lu_solve(lu, pivots, unit)
             reduced = inverse @ upper
             self._steps.append(_Step(inverse, reduced))
             logs.append(lu.diagonal(dim1=-2, dim2=-1).clone())
-            norms.append(torch.linalg.vector_norm(inverse, dim=2))
+            norms.append(torch.linalg.vector_norm(inverse, dim=1))
             following = torch.baddbmm(diagonal, self._lower, reduced, alpha=-1)
-            if i % self._look_every == self._look_every - 1 and _settled(schur, following):
+            look = i % self._look_every == self._look_every - 1
+            if look and _settled(schur, following, rounding):
                 break
             schur = following
         self.weak = _growth(kernels, torch.stack(norms)) > _MAX_GROWTH
@@ -134,12 +135,12 @@ class BlockLU:
         for step, times in zip(reversed(self._steps), reversed(self._times), strict=True):
             lower = self._lower @ step.inverse
             corners = torch.zeros_like(corner)
-            left = times
+            left, rounding = times, _rounding(step.inverse)
             while left:
                 down = corner @ lower
                 following = torch.baddbmm(step.inverse, step.reduced, down)
                 look = left > 1 and left % self._look_every == 0
-                alike = left if look and _settled(corner, following) else 1
+                alike = left if look and _settled(corner, following, rounding) else 1
                 below.sub_(down, alpha=alike)
                 corners.add_(corner, alpha=alike)
                 on.add_(following, alpha=alike)
@@ -159,10 +160,14 @@ def _split(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return lower, diagonal, upper
 
 
-def _settled(old: Tensor, new: Tensor) -> bool:
-    """Whether two blocks differ by rounding alone."""
-    bound = 2 * torch.finfo(old.dtype).eps * old.abs().amax((1, 2))
-    return bool(((new - old).abs().amax((1, 2)) <= bound).all())
+def _rounding(like: Tensor) -> Tensor:
+    """What two blocks of numbers such as these may differ by and be the same, ``(G,)``."""
+    return 2 * torch.finfo(like.dtype).eps * like.abs().amax((1, 2))
+
+
+def _settled(old: Tensor, new: Tensor, rounding: Tensor) -> bool:
+    low, high = torch.aminmax((new - old).flatten(1), dim=1)
+    return bool((torch.maximum(high, -low) <= rounding).all())
 
 
 def _growth(kernels: Tensor, norms: Tensor) -> np.ndarray:

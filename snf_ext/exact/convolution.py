@@ -56,8 +56,8 @@ class ConvolutionLU:
             raise ValueError("weight is singular: the layer has no inverse")
         if rhs.numel() == 0:
             return rhs.clone()
-        images = rhs.to(self._device, torch.float64).reshape(-1, self._channels, *self._size)
-        solved = torch.empty_like(images)
+        images = rhs.to(self._device).reshape(-1, self._channels, *self._size)
+        solved = torch.empty_like(images, memory_format=torch.contiguous_format)
         for part in self._parts:
             part.solve(images, solved)
         return solved.reshape(rhs.shape).to(rhs)
@@ -96,7 +96,8 @@ class _ZeroPadded:
             copies = copies.mT
         # Pixels in raster order, the channel fastest; one column for each copy.
         grouped = copies.unflatten(1, (self._groups, -1)).permute(1, 3, 4, 2, 0)
-        columns = self._lus.solve(grouped.flatten(1, 3)).reshape(grouped.shape)
+        wide = grouped.to(torch.float64, memory_format=torch.contiguous_format)
+        columns = self._lus.solve(wide.flatten(1, 3)).reshape(grouped.shape)
         copies = columns.permute(4, 0, 3, 1, 2).flatten(1, 2)
         self._piece.paste(solved, copies.mT if self._layout.transposed else copies)
 

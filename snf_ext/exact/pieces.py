@@ -59,7 +59,9 @@ class Piece(NamedTuple):
             return
         rows, columns = self.rows[:, None, :, None], self.columns[None, :, None, :]
         parts = copies.unflatten(0, (-1, self.rows.shape[0], self.columns.shape[0]))
-        images[:, :, rows.to(images.device), columns.to(images.device)] = parts.movedim(3, 1)
+        images[:, :, rows.to(images.device), columns.to(images.device)] = parts.movedim(3, 1).to(
+            images
+        )
 
 
 @kept
