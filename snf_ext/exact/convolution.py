@@ -127,7 +127,7 @@ def factorize_groups(kernels: Tensor, layout: Layout) -> BlockLU | BandLUs:
     if not lus.weak.any():
         return lus
     del lus
-    return BandLUs(kernels, layout.size)
+    return BandLUs(kernels.double(), layout.size)
 
 
 def require_plan(plan: Plan, weight: Tensor, spatial_shape: tuple[int, int]) -> None:

@@ -54,7 +54,8 @@ class GradientMonitor:
     ``torch.compile`` or a replayed CUDA graph run no hooks: measure an eager step.
 
     Cost: nothing in the steps between. A measurement takes one weight gradient a layer, and
-    log |det| with its exact gradient in float64. No activations are kept beyond the backward pass.
+    log |det| with its exact gradient, of a convolution in the layer's own precision. No activations
+    are kept beyond the backward pass.
 
     Source: SNF section 5.3 and Figure 3.
 
@@ -170,7 +171,8 @@ class _Watch:
             else:
                 height, width = image
                 geometry = self.layer.shape.geometry
-                value = exact.conv2d_log_abs_det(weight, (height, width), *geometry)
+                precision = wide_dtype(self.layer.weight.dtype)
+                value = exact.conv2d_log_abs_det(weight, (height, width), *geometry, precision)
         if not value.isfinite():
             return torch.full_like(self._weight, math.nan)
         return torch.autograd.grad(value, weight)[0]
