@@ -97,8 +97,7 @@ def band_matrix(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The band as ``gbtrf`` takes it, ``(3 b + 1, D)``: ``[2 b + i - j, j] = T[i, j]``."""
     channels, _, tall, wide = kernel.shape
     height, width = size
-    half = ((tall // 2) * width + wide // 2) * channels + channels - 1
-    half = min(half, height * width * channels - 1)
+    half = half_bandwidth(channels, tall, wide, size)
     band = np.zeros((3 * half + 1, height * width * channels), order="F")
     out, into = np.arange(channels)[:, None], np.arange(channels)
     for a in range(tall):
@@ -110,6 +109,13 @@ def band_matrix(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
             offset = (down * width + right) * channels + into - out
             band[2 * half - offset, pixels * channels + into] = kernel[:, :, a, b]
     return band
+
+
+def half_bandwidth(channels: int, tall: int, wide: int, size: tuple[int, int]) -> int:
+    """How far from the diagonal an element may stand: ``ry w c + rx c + c - 1``."""
+    height, width = size
+    half = ((tall // 2) * width + wide // 2) * channels + channels - 1
+    return min(half, height * width * channels - 1)
 
 
 def _lapack() -> Any:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .band_lu import BandLU
+from .band_lu import BandLU, half_bandwidth
 from .block_lu import BlockLU
 from .fourier import FourierLU
 from .memory import in_units, require_memory
 from .pieces import Piece, pieces
 from .plan import Layout, Plan, layout_of, plan_conv2d
+
+_NARROW, _FEW_GROUPS = 32, 4
 
 
 class ConvolutionLU:
@@ -81,14 +83,22 @@ class _ZeroPadded:
     """One piece of a zero-padded convolution."""
 
     def __init__(self, piece: Piece, weight: Tensor, groups: int) -> None:
-        kernels = piece.kernels(weight, groups)
-        self._piece, self._layout = piece, layout_of(tuple(kernels.shape), piece.size)
-        self._groups = groups
-        self._lus = factorize_groups(kernels, self._layout)
-        self.log_abs_det = piece.copies * self._lus.log_abs_det.sum()
+        self._piece, self._groups = piece, groups
+        self._kernels = piece.kernels(weight, groups)
+        self._layout = layout_of(tuple(self._kernels.shape), piece.size)
+        self._lus: BlockLU | BandLUs | None = None
+        self._device = weight.device
+        oriented = self._kernels.mT if self._layout.transposed else self._kernels
+        if self._layout.blocks > 1 and is_narrow(oriented, self._layout.size):
+            lus: BlockLU | BandLUs = BandLUs(oriented, self._layout.size)
+        else:
+            lus = self._lus = factorize_groups(self._kernels, self._layout)
+        self.log_abs_det = piece.copies * lus.log_abs_det.sum()
 
     def move(self, device: torch.device) -> None:
-        self._lus.move(device)
+        self._device = device
+        if self._lus is not None:
+            self._lus.move(device)
 
     def solve(self, images: Tensor, solved: Tensor) -> None:
         copies = self._piece.cut(images)
@@ -97,6 +107,9 @@ class _ZeroPadded:
         # Pixels in raster order, the channel fastest; one column for each copy.
         grouped = copies.unflatten(1, (self._groups, -1)).permute(1, 3, 4, 2, 0)
         wide = grouped.to(torch.float64, memory_format=torch.contiguous_format)
+        if self._lus is None:
+            self._lus = factorize_groups(self._kernels, self._layout)
+            self._lus.move(self._device)
         columns = self._lus.solve(wide.flatten(1, 3)).reshape(grouped.shape)
         copies = columns.permute(4, 0, 3, 1, 2).flatten(1, 2)
         self._piece.paste(solved, copies.mT if self._layout.transposed else copies)
@@ -117,6 +130,16 @@ class BandLUs:
 
     def move(self, device: torch.device) -> None:
         """LAPACK stays where it is; tensors of other devices come and go."""
+
+
+def is_narrow(kernels: Tensor, size: tuple[int, int]) -> bool:
+    """Whether LAPACK's band gives the log-determinant alone faster than blocks do.
+
+    Up to a half-bandwidth of 31 LAPACK goes column by column. Wider bands use products in threads
+    of its own BLAS, for which a busy machine may make it wait 100 times as long.
+    """
+    groups, channels, _, tall, wide = kernels.shape
+    return groups <= _FEW_GROUPS and half_bandwidth(channels, tall, wide, size) < _NARROW
 
 
 def factorize_groups(kernels: Tensor, layout: Layout) -> BlockLU | BandLUs:
