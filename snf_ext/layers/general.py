@@ -47,6 +47,8 @@ class SelfNormBijection(Bijection):
     space, ``log_prob`` is that of no distribution. Invertible by construction, or held to it by
     ``recon``, and to be checked where it matters (in two dimensions, integrate it).
 
+    ``refine`` of a flow leaves this inverse as it is; ``exact=True`` solves f(x) = z.
+
     Shapes: x ``(B, *event_shape)``, z the same, ``log_det`` and ``recon`` ``(B,)``.
 
     Args:
