@@ -55,6 +55,19 @@ def test_all_probes_give_the_linear_layers_gradients():
         torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
 
+def test_all_probes_give_the_convolutions_gradients():
+    layer = off(snf_ext.SelfNormConv2d(2, 3, bias=False))
+    f, g = (nn.Conv2d(2, 2, 3, padding=1, bias=False).double() for _ in range(2))
+    f.weight.data.copy_(layer.weight.data)
+    g.weight.data.copy_(layer.weight_inv.data)
+    general = SelfNormBijection(f, g, (2, 3, 4), probes=24)
+    x = torch.randn(5, 2, 3, 4).double().requires_grad_()
+    dz, *others = upstream(5, 24)
+    for got, want in zip(*both_gradients(layer, general, x, (dz.view_as(x), *others)), strict=True):
+        assert want.abs().max() > 0.1
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("probes", [1, 2])
 def test_mean_over_10000_probes_is_the_linear_layers_gradient(probes):
     """100 batches of 100 samples, each sample with probes of its own."""
