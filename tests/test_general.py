@@ -287,6 +287,33 @@ def test_exact_inverse_from_a_learned_one_that_is_wrong():
     assert (general.inverse(z, exact=True) - x).abs().max() < 1e-12
 
 
+def test_refined_inverse_comes_to_the_exact_one_or_warns():
+    general = off(residual_pair((2, 1, 3)), 0.05).eval()
+    x = torch.randn(6, 2, 1, 3).double()
+    z = general(x).z
+    assert (general.inverse(z) - x).abs().max() > 0.01
+    start = general.g(z)
+    once = start + start - general.g(general.f(start))
+    torch.testing.assert_close(general.inverse(z, refine=1), once, rtol=0, atol=1e-13)
+    assert (general.inverse(z, refine=200) - x).abs().max() < 1e-12
+    back, residual, steps = general.refine_inverse(z, 200)
+    assert (back - x).abs().max() < 1e-12
+    assert residual.shape == (6,)
+    assert residual.max() < 1e-13
+    assert 1 < steps < 200
+    flow = snf_ext.Flow([general], (2, 1, 3))
+    assert torch.equal(flow.inverse(z, refine=200), back)
+
+    with torch.no_grad():
+        general.g.out.weight.mul_(-30)
+    with pytest.warns(snf_ext.InverseNotConverged, match=r"SelfNormBijection\(\(2, 1, 3\), probes"):
+        general.inverse(z, refine=30)
+    with pytest.raises(ValueError, match="refine must be 0 with exact=True"):
+        general.inverse(z, exact=True, refine=1)
+    with pytest.raises(ValueError, match="steps must be an int of at least 0; got -1"):
+        general.refine_inverse(z, -1)
+
+
 def test_exact_inverse_has_the_derivative_in_the_weights():
     x = torch.randn(4, 2).double()
     weight = (torch.eye(2) + 0.3 * torch.randn(2, 2)).double().requires_grad_()
