@@ -31,6 +31,7 @@ from .layers import (
     PlainConv1x1,
     RationalQuadraticSpline,
     RelativeLinear,
+    SelfNormBijection,
     SelfNormConv2d,
     SelfNormLinear,
     SmoothLeakyReLU,
@@ -45,6 +46,7 @@ from .layers import (
 from .refine import InverseNotConverged, Refined
 from .training.angle import gradient_angle
 from .training.monitor import GradientMonitor
+from .variational import VariationalBound, variational_bound
 from .version import __version__
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
     "RationalQuadraticSpline",
     "Refined",
     "RelativeLinear",
+    "SelfNormBijection",
     "SelfNormConv2d",
     "SelfNormLinear",
     "SmoothLeakyReLU",
@@ -83,6 +86,7 @@ __all__ = [
     "SplitPrior",
     "Squeeze",
     "Unsqueeze",
+    "VariationalBound",
     "VariationalDequantize",
     "__version__",
     "backend",
@@ -94,4 +98,5 @@ __all__ = [
     "ops",
     "reference",
     "use_backend",
+    "variational_bound",
 ]

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 import snf_ext
 from snf_ext import Bijection
+
+
+class Residual(nn.Module):
+    """``x + sign * B tanh(A x + a)``, a bijection for small weights; sign -1 nearly inverts it."""
+
+    def __init__(self, shape: tuple[int, ...], width: int, sign: float) -> None:
+        super().__init__()
+        size = math.prod(shape)
+        self.into, self.out = nn.Linear(size, width), nn.Linear(width, size)
+        self.sign = sign
+        with torch.no_grad():
+            for layer in (self.into, self.out):
+                layer.weight.copy_(
+                    torch.linspace(-0.3, 0.3, size * width).sin().view_as(layer.weight)
+                )
+
+    def forward(self, x):
+        change = self.out(torch.tanh(self.into(x.flatten(1))))
+        return x + self.sign * change.view_as(x)
+
+
+def residual_pair(shape: tuple[int, ...], **settings) -> Bijection:
+    """Two of them, the second about the inverse of the first."""
+    return snf_ext.SelfNormBijection(
+        Residual(shape, 4, 1.0), Residual(shape, 4, -1.0), shape, **settings
+    )
 
 
 @dataclass(frozen=True)
@@ -19,7 +47,7 @@ class BijectionCase:
     make: Callable[[], Bijection]
     event_shape: tuple[int, ...]
     unit_interval: bool = False  # takes data in [0, 1]
-    learned: bool = False  # has a weight_inv
+    learned: bool = False  # has a learned inverse, and a log_det of value 0 in training
     surrogate: bool = False  # without one, yet its log_det in training has the value 0
     noisy: bool = False  # forward draws noise
     batch_dependent: bool = False  # forward in training mode depends on the whole batch
@@ -73,6 +101,13 @@ BIJECTIONS = [
             inverse_kernel_size=5,
         ),
         (4, 6, 5),
+        learned=True,
+    ),
+    BijectionCase("SelfNormBijection", lambda: residual_pair((4,)), (4,), learned=True),
+    BijectionCase(
+        "SelfNormBijection-image",
+        lambda: residual_pair((2, 1, 3), probes=3),
+        (2, 1, 3),
         learned=True,
     ),
     BijectionCase("ExactLinear", lambda: snf_ext.ExactLinear(5), (5,)),

@@ -8,6 +8,7 @@ from .coupling import AdditiveCoupling, AffineCoupling
 from .emerging import EmergingConv2d
 from .exact import ExactConv2d, ExactLinear
 from .exponential import ExponentialConv2d
+from .general import SelfNormBijection
 from .glow_mixing import HouseholderConv1x1, LUConv1x1, PlainConv1x1
 from .preprocessing import Dequantize, Logit, Normalize, VariationalDequantize
 from .probe import coupling_outputs
@@ -39,6 +40,7 @@ __all__ = [
     "PlainConv1x1",
     "RationalQuadraticSpline",
     "RelativeLinear",
+    "SelfNormBijection",
     "SelfNormConv2d",
     "SelfNormLinear",
     "SmoothLeakyReLU",
