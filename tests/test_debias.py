@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from snf_ext import Debias, SelfNormConv2d, SelfNormLinear
+from snf_ext.layers import self_norm
 from snf_ext.layers.debias import correction, signs
 
-DRAWS = 4000
+DRAWS, PROBES = 40, 100
 
 
 def linear_layer(debias, error=0.4, features=64):
@@ -29,8 +30,6 @@ def conv_layer(debias, channels, size, groups=1, **options):
     layer = layer.double()
     with torch.no_grad():
         layer.weight += 0.15 * torch.randn_like(layer.weight) / (channels / groups) ** 0.5
-        start = SelfNormConv2d(channels, 3, groups=groups)
-        del start
         layer.weight_inv.copy_(2 * torch.nn.init.dirac_(torch.empty_like(layer.weight), groups))
         layer.weight_inv -= layer.weight  # 2 I - W: the first two terms of the series of W^-1
     return layer, torch.zeros(3, channels, *size, dtype=torch.float64)
@@ -65,43 +64,50 @@ def drawn_gradient(layer, x):
     return layer.weight.grad.clone()
 
 
-@pytest.mark.parametrize("how", [Debias(8), Debias(2, roulette=0.7)], ids=["K=8", "roulette"])
-@pytest.mark.parametrize("name", LAYERS)
-def test_mean_is_the_exact_gradient(name, how):
-    """4,000 single probes: the mean is within its standard errors of the exact gradient."""
-    layer, x = LAYERS[name](how)
-    want = exact_gradient(layer, x)
-    count, mean, square = 0, torch.zeros_like(want), torch.zeros_like(want)
-    for _ in range(DRAWS):
-        got = drawn_gradient(layer, x) - want
-        count += 1
-        mean += got
-        square += got.square()
-    mean /= count
-    standard_error = ((square / count - mean.square()) / count).sqrt()
-    scores = mean / standard_error
-    assert scores.abs().max() < 3 + 2 * (want.numel() > 100)
-    assert scores.square().mean() < 1.5
-    # What the learned inverse alone gives is far from it.
-    layer.debias = Debias()
-    bias = (drawn_gradient(layer, x) - want).norm()
-    assert mean.norm() < bias / 3
+def dense(layer, x):
+    """W and R as matrices, and how a matrix's gradient becomes the weight's."""
+    if isinstance(layer, SelfNormLinear):
+        return layer.weight.detach().numpy(), layer.weight_inv.detach().numpy(), lambda m: m
+    shape = layer.shape
+    geometry = (tuple(x.shape[2:]), shape.dilation, shape.groups, shape.circular)
+    w, r = (
+        ground_truth.conv_matrix(k.detach(), *geometry) for k in (layer.weight, layer.weight_inv)
+    )
+    return w, r, lambda m: ground_truth.onto_kernel(m, tuple(layer.weight.shape), *geometry)
 
 
+@pytest.mark.parametrize("terms", [1, 2, 8, 60])
 @pytest.mark.parametrize("name", LAYERS)
-def test_terms_shrink_the_bias(name):
-    """With all of a basis for probes there is no noise: what is left is the series' remainder."""
-    errors = []
-    for terms in (0, 1, 2, 4):
-        layer, x = LAYERS[name](0)
-        want = exact_gradient(layer, x)
-        if terms:
-            layer.debias = Debias(terms, probes=20_000)
-        torch.manual_seed(3)
-        errors.append((drawn_gradient(layer, x) - want).norm() / want.norm())
-    assert errors[1] < 0.7 * errors[0]
-    assert errors[2] < errors[1] * 1.2
-    assert errors[3] < 0.5 * errors[0]
+def test_mean_over_the_probes(name, terms, monkeypatch):
+    """Probes of a whole basis, sqrt(D) long, have the mean v v' = I exactly: no noise is left."""
+    layer, x = LAYERS[name](terms)
+    basis = torch.eye(x[0].numel(), dtype=torch.float64) * x[0].numel() ** 0.5
+    monkeypatch.setattr(self_norm, "signs", lambda *_: basis.reshape(-1, *x.shape[1:]))
+    w, r, onto = dense(layer, x)
+    e = np.eye(len(w)) - w @ r
+    series = sum(np.linalg.matrix_power(e, k) for k in range(terms + 1))
+    want = len(x) / 2 * onto((r @ series).T)
+    got = drawn_gradient(layer, x).numpy()
+    np.testing.assert_allclose(got, want, atol=1e-9 * np.abs(want).max())
+    true = exact_gradient(layer, x).numpy()
+    error = np.linalg.norm(got - true) / np.linalg.norm(true)
+    learned = np.linalg.norm(len(x) / 2 * onto(r.T) - true) / np.linalg.norm(true)
+    assert error < learned * max(0.6**terms, 1e-9)
+
+
+@pytest.mark.parametrize("roulette", [0.0, 0.7])
+def test_mean_of_random_signs(roulette):
+    """4,000 probes, a hundred at a time: their mean is the exact gradient, within its error."""
+    layer, x = linear_layer(Debias(2 if roulette else 8, PROBES, roulette))
+    errors = torch.stack([drawn_gradient(layer, x) for _ in range(DRAWS)]) - exact_gradient(
+        layer, x
+    )
+    mean = errors.mean(0)
+    scores = mean / (errors.std(0) / DRAWS**0.5)
+    assert scores.abs().max() < 5.5
+    assert 0.5 < scores.square().mean() < 1.5
+    layer.debias = Debias()  # what the learned inverse alone gives is far from it
+    assert mean.norm() < (drawn_gradient(layer, x) - exact_gradient(layer, x)).norm() / 3
 
 
 def test_only_the_weight_in_training_is_corrected():

@@ -26,7 +26,7 @@ class Debias(NamedTuple):
     def checked(self) -> Debias:
         """Itself, or ValueError."""
         for name, value, least in (("terms", self.terms, 0), ("probes", self.probes, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if type(value) is not int or value < least:
                 raise ValueError(f"debias.{name} must be an int of at least {least}; got {value!r}")
         if not 0 <= self.roulette < 1:
             raise ValueError(f"debias.roulette must be in [0, 1); got {self.roulette!r}")
