@@ -5,6 +5,7 @@ from .actnorm import ActNorm, initialize
 from .affine import ComponentwiseAffine
 from .batch_norm import BatchNorm
 from .coupling import AdditiveCoupling, AffineCoupling
+from .debias import Debias
 from .emerging import EmergingConv2d
 from .exact import ExactConv2d, ExactLinear
 from .exponential import ExponentialConv2d
@@ -24,6 +25,7 @@ __all__ = [
     "AffineCoupling",
     "BatchNorm",
     "ComponentwiseAffine",
+    "Debias",
     "Dequantize",
     "EmergingConv2d",
     "ExactConv2d",

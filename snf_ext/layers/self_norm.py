@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from .. import exact, ops
 from ..bijection import Bijection, FlowStep, wide_dtype
+from ..reference.autocast import without_autocast
 from ..reference.convolution import convolve, flip
 from ..refine import Refined, checked_refine, checked_steps, refined
 from .conv_shape import ConvShape, image_size, odd_pair
+from .debias import Debias, correction, signs, with_gradient
 from .initial import STARTS, checked_start, near_identity, resized
 
 
@@ -27,8 +29,9 @@ class _SelfNorm(Bijection):
     weight_inv: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self) -> None:
+    def __init__(self, debias: int | Debias) -> None:
         super().__init__()
+        self.debias = (debias if isinstance(debias, Debias) else Debias(debias)).checked()
         self._cache = exact.FactorizationCache()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
@@ -38,7 +41,14 @@ class _SelfNorm(Bijection):
         Evaluation: the value is exact (factorised once, kept until the weight changes); the
         gradient still the learned inverse's.
         """
-        return self._step(x) if self.training else self.exact_forward(x)
+        if not self.training:
+            return self.exact_forward(x)
+        step = self._step(x)
+        if not (self.debias.terms and torch.is_grad_enabled() and self.weight.requires_grad):
+            return step
+        with torch.no_grad():
+            gradient = self._what_the_inverse_lacks(x)
+        return step._replace(log_det=with_gradient(step.log_det, self.weight, gradient))
 
     def exact_forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         z, log_det, recon = self._step(x)
@@ -48,6 +58,10 @@ class _SelfNorm(Bijection):
         raise NotImplementedError
 
     def _factorization(self, x: Tensor) -> exact.Factorization:
+        raise NotImplementedError
+
+    def _what_the_inverse_lacks(self, x: Tensor) -> Tensor:
+        """An estimate of the gradient of log |det W| less the learned inverse's term."""
         raise NotImplementedError
 
     def refine_inverse(self, z: Tensor, steps: int) -> Refined:
@@ -103,6 +117,8 @@ class SelfNormLinear(_SelfNorm):
     Args:
         features: D.
         bias: whether there is a c.
+        debias: K, or a :class:`Debias`: terms that correct the inverse term of W's gradient in
+            training, with random signs from torch's generator; see :mod:`snf_ext.layers.debias`.
 
     Parameters: ``weight`` W and ``weight_inv`` R of ``(D, D)``, ``bias`` c of ``(D,)`` or None.
     W starts at the identity plus Xavier-normal noise of gain 0.01, R at W transposed, c at 0.
@@ -120,8 +136,8 @@ class SelfNormLinear(_SelfNorm):
 
     event_dims = 1
 
-    def __init__(self, features: int, bias: bool = True) -> None:
-        super().__init__()
+    def __init__(self, features: int, bias: bool = True, *, debias: int | Debias = 0) -> None:
+        super().__init__(debias)
         if features < 1:
             raise ValueError(f"features must be at least 1; got {features}")
         self.features = features
@@ -140,6 +156,14 @@ class SelfNormLinear(_SelfNorm):
 
     def _step(self, x: Tensor) -> FlowStep:
         return FlowStep(*ops.snf_linear(x, self.weight, self.weight_inv, self.bias))
+
+    def _what_the_inverse_lacks(self, x: Tensor) -> Tensor:
+        wide = wide_dtype(self.weight.dtype)
+        weight, inverse = self.weight.to(wide), self.weight_inv.to(wide)
+        with without_autocast(x.device):
+            v = signs((self.debias.probes, self.features), weight)
+            found = correction(v, lambda x: x @ weight.T, lambda y: y @ inverse.T, self.debias)
+            return (found.v.T @ found.u / len(v)).to(self.weight)
 
     def _factorization(self, x: Tensor | None = None) -> exact.Factorization:
         return self._cache.get(self.weight, None, lambda: exact.factorize_linear(self.weight))
@@ -202,6 +226,8 @@ class SelfNormConv2d(_SelfNorm):
         start: where w starts: ``"identity"``, Dirac plus Xavier-normal noise of gain 0.01, or
             ``"orthogonal"``, a random orthogonal matrix of the channels at the centre, and
             that noise at the other taps.
+        debias: K, or a :class:`Debias`: terms that correct the inverse term of w's gradient in
+            training, with random signs from torch's generator; see :mod:`snf_ext.layers.debias`.
 
     Parameters: ``weight`` w ``(C, C/groups, k, k)``, ``weight_inv`` r ``(C, C/groups, k', k')``,
     ``bias`` c ``(C,)`` or None. r starts at ``flip(w)`` (cropped or zero-padded), c at 0.
@@ -237,8 +263,9 @@ class SelfNormConv2d(_SelfNorm):
         inverse_kernel_size: int | tuple[int, int] | None = None,
         stride: int = 1,
         start: str = "identity",
+        debias: int | Debias = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(debias)
         self.start = checked_start(start)
         self.shape = ConvShape.checked(
             channels, kernel_size, dilation, groups, padding_mode, stride
@@ -268,6 +295,20 @@ class SelfNormConv2d(_SelfNorm):
 
     def _factorization(self, x: Tensor) -> exact.Factorization:
         return self._factorization_for((x.shape[2], x.shape[3]))
+
+    def _what_the_inverse_lacks(self, x: Tensor) -> Tensor:
+        geometry, wide = self.shape.geometry, wide_dtype(self.weight.dtype)
+        weight, inverse = self.weight.to(wide), self.weight_inv.to(wide)
+        with without_autocast(x.device):
+            v = signs((self.debias.probes, *x.shape[1:]), weight)
+            found = correction(
+                v,
+                lambda x: convolve(x, weight, *geometry),
+                lambda y: convolve(y, inverse, *geometry),
+                self.debias,
+            )
+            summed = ops.conv2d_weight_gradient(found.v, found.u, weight, *geometry)
+            return (summed / len(v)).to(self.weight)
 
     def _factorization_for(self, spatial_shape: tuple[int, int]) -> exact.Factorization:
         return self._cache.get(
