@@ -125,7 +125,7 @@ class BlockLU:
             G_nn = S_n^-1           G_(i+1,i) = -G_(i+1,i+1) L S_i^-1
             G_ii = S_i^-1 - S_i^-1 U G_(i+1,i)          G_(i,i+1) = -S_i^-1 U G_(i+1,i+1)
 
-        Cost: ``12 m^3`` operations a step and group. Source: selected inversion, as in the
+        Cost: ``8 m^3`` operations a step and group. Source: selected inversion, as in the
         recursive Green's functions of electronic transport.
         """
         size, tail = self._shape[1] * self._width * self._rows, self._tail
@@ -175,8 +175,8 @@ def _growth(kernels: Tensor, norms: Tensor) -> np.ndarray:
     """How far rounding errors of the elimination grow, ``(G,)``; nan counts as infinite.
 
     One step puts an error of ``|L| |S^-1| |S| |S^-1| |U|`` times the precision into the next S,
-    relative to |T|. Norms are maximum row sums, but of S^-1 the norms of its rows, ``norms``
-    ``(steps, G, m)``: rounding errors have random signs.
+    relative to |T|. Norms are maximum row sums, but of S^-1 the largest norm of its columns,
+    ``norms`` ``(steps, G, m)``: rounding errors have random signs.
     """
     sums = kernels.abs().sum((2, 4)).amax(1).numpy()  # (G, kh)
     centre = kernels.shape[3] // 2

@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     Attributes:
         method: ``"blocks"``, ``"dense"`` or ``"fourier"``.
         parts: what is factorised, in words.
-        operations: multiplications and additions, at most; with the gradient about 2.5 times those.
+        operations: multiplications and additions, at most; with the gradient about 2.2 times those.
         bytes: of memory, at most.
         dense_operations, dense_bytes: the same for an LU of the whole matrix.
     """

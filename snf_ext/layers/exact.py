@@ -69,7 +69,7 @@ class ExactConv2d(Bijection):
 
     Arguments and shapes as in :class:`SelfNormConv2d`, less the inverse's kernel.
 
-    Cost: a convolution and about 2.5 times what :meth:`exact_plan` says, a training step: at most
+    Cost: a convolution and about 2.2 times what :meth:`exact_plan` says, a training step: at most
     O(H (W C)^3) for 3x3 kernels, never O((C H W)^3).
 
     >>> layer = ExactConv2d(2, 3)
