@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from snf_ext import exact
+from snf_ext.exact.band_lu import BandLUs
 from snf_ext.exact.block_lu import BlockLU
-from snf_ext.exact.convolution import BandLUs
 from snf_ext.exact.plan import Layout, layout_of, layouts
 from snf_ext.layers.initial import near_identity
 

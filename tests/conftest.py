@@ -52,6 +52,15 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """On matrices this small, threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

@@ -12,8 +12,8 @@ import torch
 
 from snf_ext import ExactConv2d, SelfNormConv2d, exact
 from snf_ext.exact import block_lu, convolution, log_abs_det, plan
+from snf_ext.exact.band_lu import BandLUs
 from snf_ext.exact.block_lu import BlockLU
-from snf_ext.exact.convolution import BandLUs
 
 
 def most_blocks(kernels, size):

@@ -7,7 +7,6 @@ import signal
 from dataclasses import replace
 
 import pytest
-import torch
 from test_training import CONFIG, new_run, resumed, same_run
 
 from snf_ext import cli
@@ -15,16 +14,9 @@ from snf_ext.training import checkpoint
 from snf_ext.training.angle_log import AngleLog
 from snf_ext.training.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MONITORED = replace(CONFIG, monitor_every=3)
 STEPS = list(range(3, 36, 3))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

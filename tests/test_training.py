@@ -29,6 +29,7 @@ def images(count, seed=0):
 
 
 DATA = Dataset("noise", images(50, 1), images(20, 2), images(20, 3), SHAPE, 17)
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = Config("fc", "noise", 5, 8, 1e-2, 1.0, warmup_epochs=2, clip_norm=100.0, seed=7)
 
 
@@ -79,15 +80,6 @@ def assert_same(a, b, where=""):
             assert_same(x, y, f"{where}/{i}")
     else:
         assert a == b, where
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """On matrices this small, threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

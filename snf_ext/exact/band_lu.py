@@ -82,6 +82,23 @@ class BandLU:
         return total[0]
 
 
+class BandLUs:
+    """One :class:`BandLU` for each group, with the methods of a :class:`BlockLU`."""
+
+    def __init__(self, kernels: Tensor, size: tuple[int, int]) -> None:
+        self._groups = [BandLU(kernel, size) for kernel in kernels]
+        self.log_abs_det = torch.stack([lu.log_abs_det for lu in self._groups])
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        return torch.stack([lu.solve(b) for lu, b in zip(self._groups, rhs, strict=True)])
+
+    def gradient(self) -> Tensor:
+        return torch.stack([lu.gradient() for lu in self._groups])
+
+    def move(self, device: torch.device) -> None:
+        """LAPACK stays where it is; tensors of other devices come and go."""
+
+
 class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rhs: Tensor, lu: BandLU) -> Tensor:

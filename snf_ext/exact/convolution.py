@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .band_lu import BandLU, half_bandwidth
+from .band_lu import BandLUs, half_bandwidth
 from .block_lu import BlockLU
 from .fourier import FourierLU
 from .memory import in_units, require_memory
@@ -113,23 +113,6 @@ class _ZeroPadded:
         columns = self._lus.solve(wide.flatten(1, 3)).reshape(grouped.shape)
         copies = columns.permute(4, 0, 3, 1, 2).flatten(1, 2)
         self._piece.paste(solved, copies.mT if self._layout.transposed else copies)
-
-
-class BandLUs:
-    """One :class:`BandLU` for each group, with the methods of a :class:`BlockLU`."""
-
-    def __init__(self, kernels: Tensor, size: tuple[int, int]) -> None:
-        self._groups = [BandLU(kernel, size) for kernel in kernels]
-        self.log_abs_det = torch.stack([lu.log_abs_det for lu in self._groups])
-
-    def solve(self, rhs: Tensor) -> Tensor:
-        return torch.stack([lu.solve(b) for lu, b in zip(self._groups, rhs, strict=True)])
-
-    def gradient(self) -> Tensor:
-        return torch.stack([lu.gradient() for lu in self._groups])
-
-    def move(self, device: torch.device) -> None:
-        """LAPACK stays where it is; tensors of other devices come and go."""
 
 
 def is_narrow(kernels: Tensor, size: tuple[int, int]) -> bool:

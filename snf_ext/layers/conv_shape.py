@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..exact import Plan, plan_conv2d
+
 
 class ConvShape(NamedTuple):
     """Channels, kernel size, dilation, groups and padding of a convolution that keeps the size."""
@@ -54,6 +56,10 @@ class ConvShape(NamedTuple):
 
     def weight_shape(self, kernel_size: tuple[int, int] | None = None) -> tuple[int, ...]:
         return (self.channels, self.channels // self.groups, *(kernel_size or self.kernel_size))
+
+    def exact_plan(self, spatial_shape: tuple[int, int]) -> Plan:
+        """What exact values on ``(H, W)`` images take."""
+        return plan_conv2d(self.weight_shape(), image_size(spatial_shape), *self.geometry)
 
     def check_image(self, x: Tensor, name: str) -> None:
         """Raise ValueError unless ``x`` is ``(B, C, H, W)``."""

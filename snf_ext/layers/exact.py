@@ -130,14 +130,8 @@ class ExactConv2d(Bijection):
         )
 
     def exact_plan(self, spatial_shape: tuple[int, int]) -> exact.Plan:
-        """How exact values on ``(H, W)`` images are computed; operations and memory, in advance.
-
-        >>> layer = ExactConv2d(3, 3)
-        >>> print(layer.exact_plan((64, 64)))
-        blocks: 64 blocks of 192 rows; 3 Gflop and 40.1 MB (dense 1.2e+03 Gflop and 1.2 GB)
-        """
-        size = image_size(spatial_shape)
-        return exact.plan_conv2d(tuple(self.weight.shape), size, *self.shape.geometry)
+        """Operations and memory of exact values; see :meth:`SelfNormConv2d.exact_plan`."""
+        return self.shape.exact_plan(spatial_shape)
 
     def extra_repr(self) -> str:
         return f"{self.shape}, bias={self.bias is not None}"

@@ -362,8 +362,7 @@ class SelfNormConv2d(_SelfNorm):
         >>> print(layer.exact_plan((64, 64)))
         blocks: 64 blocks of 192 rows; 3 Gflop and 40.1 MB (dense 1.2e+03 Gflop and 1.2 GB)
         """
-        size = image_size(spatial_shape)
-        return exact.plan_conv2d(tuple(self.weight.shape), size, *self.shape.geometry)
+        return self.shape.exact_plan(spatial_shape)
 
     def extra_repr(self) -> str:
         inverse = tuple(self.weight_inv.shape[2:])
