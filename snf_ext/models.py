@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from .bijection import Bijection
@@ -35,13 +36,13 @@ from .models_zuko import autoregressive
 __all__ = ["autoregressive", "conv", "fc", "glow"]
 
 # Made from the number of features.
-LINEAR: dict[str, Callable[[int], Bijection]] = {
+LINEAR: dict[str, Callable[..., Bijection]] = {
     "self_norm": SelfNormLinear,
     "exact": ExactLinear,
     "relative": RelativeLinear,
 }
 
-# Made from channels and kernel size; only "self_norm" takes an inverse_kernel_size.
+# Made from channels and kernel size.
 CONV: dict[str, Callable[..., Bijection]] = {
     "self_norm": SelfNormConv2d,
     "exact": ExactConv2d,
@@ -73,6 +74,8 @@ def fc(
     layers: int = 2,
     linear: str = "self_norm",
     *,
+    inverse: str | None = None,
+    debias: int | None = None,
     context_features: int = 0,
     pixel_levels: int = 256,
     recon_weight: float = 1.0,
@@ -86,13 +89,16 @@ def fc(
         event_shape: of one image.
         layers: number of linear layers.
         linear: ``"self_norm"``, ``"exact"`` or ``"relative"``.
+        inverse: how a learned inverse is kept (``"self_norm"`` alone): ``"penalty"`` if None,
+            ``"inverse-only"``, ``"symmetric"`` or ``"tracked"``; see :mod:`snf_ext.layers.upkeep`.
+        debias: K, terms that correct its gradient (``"self_norm"`` alone); 0 if None.
         context_features: size of the context; where there is one, the base density is a normal
             whose mean and scale depend on it.
         pixel_levels: number of values a pixel can take.
         recon_weight: lambda.
 
     Raises:
-        ValueError: an unknown ``linear``, or fewer than one layer.
+        ValueError: an argument is unknown or does not fit the others.
 
     Source: SNF A.3, "2L FC": 2,460,192 parameters on MNIST.
 
@@ -100,13 +106,14 @@ def fc(
     2460192
     """
     make = _choice("linear", linear, LINEAR)
+    learned = _of_learned_inverse(linear, inverse=inverse, debias=debias)
     _at_least_one(layers=layers)
     features = math.prod(event_shape)
     bijections = [*preprocessing(pixel_levels), Flatten(event_shape)]
     for index in range(layers):
         if index:
             bijections.append(SmoothLeakyReLU(0.3))
-        bijections.append(make(features))
+        bijections.append(make(features, **learned))
     bijections += _conditional_base((features,), context_features)
     return Flow(bijections, event_shape, recon_weight, context_features)
 
@@ -118,6 +125,8 @@ def conv(
     conv: str = "self_norm",
     inverse_kernel_size: int | None = None,
     *,
+    inverse: str | None = None,
+    debias: int | None = None,
     kernel_size: int = 3,
     activation: str = "spline",
     context_features: int = 0,
@@ -136,6 +145,7 @@ def conv(
         conv: ``"self_norm"``, ``"exact"``, ``"emerging"`` or ``"exponential"``.
         inverse_kernel_size: of the learned inverses (``"self_norm"`` alone); as kernel_size if
             None.
+        inverse, debias: as for :func:`fc`.
         kernel_size: of the convolutions.
         activation: ``"spline"`` (rational-quadratic, 5 bins, tail bound 10) or
             ``"smooth_leaky_relu"``.
@@ -151,7 +161,10 @@ def conv(
     >>> sum(p.numel() for p in conv((1, 8, 8), layers=3).parameters())
     6727
     """
-    make = _convolution(conv, kernel_size, inverse_kernel_size)
+    convolution = _choice("conv", conv, CONV)
+    learned = _of_learned_inverse(
+        conv, inverse_kernel_size=inverse_kernel_size, inverse=inverse, debias=debias
+    )
     activate = _choice("activation", activation, ACTIVATION)
     _at_least_one(layers=layers, blocks=blocks)
     if layers % blocks:
@@ -162,7 +175,7 @@ def conv(
         if index and index % (layers // blocks) == 0:
             bijections.append(Squeeze())
             shape = _squeezed(shape)
-        bijections.append(make(shape[0]))
+        bijections.append(convolution(shape[0], kernel_size, **learned))
         if index < layers - 1:
             bijections.append(activate(shape))
     bijections += _conditional_base(shape, context_features)
@@ -178,6 +191,8 @@ def glow(
     kernel_size: int = 1,
     *,
     inverse_kernel_size: int | None = None,
+    inverse: str | None = None,
+    debias: int | None = None,
     coupling: str = "affine",
     actnorm_batches: int = 1,
     context_features: int = 0,
@@ -199,6 +214,7 @@ def glow(
             the 1x1 convolutions ``"plain"``, ``"lu"`` and ``"householder"``.
         kernel_size: of the mixing layer.
         inverse_kernel_size: of its learned inverse (``"self_norm"`` alone).
+        inverse, debias: as for :func:`fc`.
         coupling: ``"affine"`` or ``"additive"``.
         actnorm_batches: M, over how many batches actnorm's start is accumulated.
         context_features: size of the context that every coupling reads; 0 for none.
@@ -214,17 +230,15 @@ def glow(
     >>> flow.sample(3, temperature=0.7).shape, flow.latent_shape
     (torch.Size([3, 1, 8, 8]), (64,))
     """
-    if mixing in CONV_1X1:
-        if kernel_size != 1:
-            raise ValueError(f"kernel_size must be 1 for mixing {mixing!r}; got {kernel_size}")
-        if inverse_kernel_size is not None:
-            raise ValueError(_no_learned_inverse(mixing, inverse_kernel_size))
-        mix = CONV_1X1[mixing]
-    elif mixing in CONV:
+    learned = _of_learned_inverse(
+        mixing, inverse_kernel_size=inverse_kernel_size, inverse=inverse, debias=debias
+    )
+    mix = _choice("mixing", mixing, {**CONV, **CONV_1X1})
+    if mixing in CONV:
         start = {"start": "orthogonal"} if mixing in ("self_norm", "exact") else {}
-        mix = _convolution(mixing, kernel_size, inverse_kernel_size, **start)
-    else:
-        _choice("mixing", mixing, {**CONV, **CONV_1X1})
+        mix = partial(mix, kernel_size=kernel_size, **start, **learned)
+    elif kernel_size != 1:
+        raise ValueError(f"kernel_size must be 1 for mixing {mixing!r}; got {kernel_size}")
     couple = _choice("coupling", coupling, COUPLING)
     _at_least_one(levels=levels, steps=steps, width=width, actnorm_batches=actnorm_batches)
     shape = _image_shape(event_shape, squeezes=levels)
@@ -256,19 +270,13 @@ def _conditional_base(shape: tuple[int, ...], context_features: int) -> list[Bij
     return [ComponentwiseAffine(shape, context_features=context_features)]
 
 
-def _convolution(
-    name: str, kernel_size: int, inverse_kernel_size: int | None, **settings: Any
-) -> Callable[[int], Bijection]:
-    make = _choice("conv", name, CONV)
-    if inverse_kernel_size is not None:
-        if name != "self_norm":
-            raise ValueError(_no_learned_inverse(name, inverse_kernel_size))
-        settings["inverse_kernel_size"] = inverse_kernel_size
-    return lambda channels: make(channels, kernel_size, **settings)
-
-
-def _no_learned_inverse(name: str, size: int) -> str:
-    return f"inverse_kernel_size must be None for {name!r}, which learns no inverse; got {size}"
+def _of_learned_inverse(layer: str, **options: Any) -> dict[str, Any]:
+    """The options that were given; ValueError if ``layer`` learns no inverse to have any."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and layer != "self_norm":
+        name, value = next(iter(given.items()))
+        raise ValueError(f"{name} must be None for {layer!r}, which learns no inverse; got {value}")
+    return given
 
 
 def _choice(argument: str, name: str, table: dict[str, Any]) -> Any:

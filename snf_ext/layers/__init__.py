@@ -18,6 +18,7 @@ from .self_norm import SelfNormConv2d, SelfNormLinear
 from .shape import Flatten, Permutation, Squeeze, Unsqueeze
 from .spline import RationalQuadraticSpline
 from .split_prior import SplitPrior
+from .upkeep import Penalty, Tracked
 
 __all__ = [
     "ActNorm",
@@ -38,6 +39,7 @@ __all__ = [
     "LearnableLeakyReLU",
     "Logit",
     "Normalize",
+    "Penalty",
     "Permutation",
     "PlainConv1x1",
     "RationalQuadraticSpline",
@@ -49,6 +51,7 @@ __all__ = [
     "SmoothTanh",
     "SplitPrior",
     "Squeeze",
+    "Tracked",
     "Unsqueeze",
     "VariationalDequantize",
     "coupling_outputs",

@@ -95,10 +95,7 @@ def signs(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def with_gradient(log_det: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
-    """``log_det``, which also gives ``weight`` half of ``gradient`` for each of its elements.
-
-    Half, as of all terms of the weight's gradient that stem from one of two densities.
-    """
+    """``log_det``, which also gives ``weight`` ``gradient`` for each of its elements."""
     return log_det + _Extra.apply(weight, gradient, log_det.detach())
 
 
@@ -112,7 +109,7 @@ class _Extra(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (0.5 * grad.sum()).to(gradient) * gradient, None, None
+        return grad.sum().to(gradient) * gradient, None, None
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import exact, ops
+from .. import exact, ops, tracking
 from ..bijection import Bijection, FlowStep, wide_dtype
 from ..reference.autocast import without_autocast
 from ..reference.convolution import convolve, flip
@@ -17,6 +18,7 @@ from ..refine import Refined, checked_refine, checked_steps, refined
 from .conv_shape import ConvShape, image_size, odd_pair
 from .debias import Debias, correction, signs, with_gradient
 from .initial import STARTS, checked_start, near_identity, resized
+from .upkeep import Penalty, Tracked, Upkeep, checked_upkeep
 
 
 class _SelfNorm(Bijection):
@@ -29,32 +31,79 @@ class _SelfNorm(Bijection):
     weight_inv: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, debias: int | Debias) -> None:
+    def __init__(self, inverse: str | Upkeep, debias: int | Debias) -> None:
         super().__init__()
+        self.upkeep = checked_upkeep(inverse)
         self.debias = (debias if isinstance(debias, Debias) else Debias(debias)).checked()
         self._cache = exact.FactorizationCache()
+
+    @property
+    def gradient_share(self) -> float:
+        """How much of the objective's gradient W gets: half where R has a density of its own."""
+        return 1.0 if isinstance(self.upkeep, Tracked) else 0.5
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         """``z = W x + c``.
 
-        Training: the value of ``log_det`` is 0 and its gradient the learned inverse's.
+        Training: the value of ``log_det`` is 0 and its gradient the learned inverse's. A tracked
+        inverse is fitted first, where gradients are taken.
         Evaluation: the value is exact (factorised once, kept until the weight changes); the
         gradient still the learned inverse's.
         """
         if not self.training:
             return self.exact_forward(x)
+        learns = torch.is_grad_enabled() and self.weight.requires_grad
+        if learns and isinstance(self.upkeep, Tracked):
+            self._track(x, self.upkeep)
         step = self._step(x)
-        if not (self.debias.terms and torch.is_grad_enabled() and self.weight.requires_grad):
+        if not (learns and self.debias.terms):
             return step
         with torch.no_grad():
-            gradient = self._what_the_inverse_lacks(x)
+            gradient = self.gradient_share * self._what_the_inverse_lacks(x)
         return step._replace(log_det=with_gradient(step.log_det, self.weight, gradient))
 
     def exact_forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         z, log_det, recon = self._step(x)
+        if isinstance(self.upkeep, Tracked):
+            with torch.no_grad():
+                recon = self._operator(x, self.weight, self.weight_inv, self.bias).recon
         return FlowStep(z, log_det + self._factorization(x).log_abs_det.to(log_det), recon)
 
     def _step(self, x: Tensor) -> FlowStep:
+        keep, weights = self.upkeep, (self.weight, self.weight_inv)
+        if isinstance(keep, Tracked):
+            return self._operator(x, *weights, self.bias, reconstruct=False)
+        step = self._operator(x, *weights, self.bias, penalty_share=keep.share)
+        if not keep.symmetric:
+            return step
+        return step._replace(recon=(step.recon + self._error_of_images(x)) / 2)
+
+    def _error_of_images(self, x: Tensor) -> Tensor:
+        """``||W R y - y||^2`` of y = W x, the latter y and x held fixed; in the shape of recon."""
+        wide = wide_dtype(x.dtype)
+        with without_autocast(x.device):
+            weight, inverse = self.weight.to(wide), self.weight_inv.to(wide)
+            y = self._map(weight, x.detach().to(wide))
+            error = self._map(weight, self._map(inverse, y)) - y.detach()
+        return error.square().sum(tuple(range(-self.event_dims, 0)))
+
+    def _operator(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        weight_inv: Tensor,
+        bias: Tensor | None,
+        reconstruct: bool = True,
+        penalty_share: float = 1.0,
+    ) -> FlowStep:
+        raise NotImplementedError
+
+    def _inverse_of(self, shape: Sequence[int]) -> nn.Parameter:
+        """An unset ``weight_inv``; one that is tracked is left alone by optimizers."""
+        return nn.Parameter(torch.empty(shape), requires_grad=isinstance(self.upkeep, Penalty))
+
+    def _track(self, x: Tensor, how: Tracked) -> None:
+        """Fit R to W, where it stands: what autograd has saved of it may well be newer."""
         raise NotImplementedError
 
     def _factorization(self, x: Tensor) -> exact.Factorization:
@@ -117,13 +166,16 @@ class SelfNormLinear(_SelfNorm):
     Args:
         features: D.
         bias: whether there is a c.
+        inverse: how R is kept: ``"penalty"``, the paper's way, ``"inverse-only"``, ``"symmetric"``,
+            ``"tracked"``, or a :class:`Penalty` or :class:`Tracked` with other numbers.
         debias: K, or a :class:`Debias`: terms that correct the inverse term of W's gradient in
             training, with random signs from torch's generator; see :mod:`snf_ext.layers.debias`.
 
     Parameters: ``weight`` W and ``weight_inv`` R of ``(D, D)``, ``bias`` c of ``(D,)`` or None.
     W starts at the identity plus Xavier-normal noise of gain 0.01, R at W transposed, c at 0.
 
-    Cost: O(B D^2) in training; O(D^3) once per weight for exact values.
+    Cost: six products of B D^2 in training; three, and three of P D^2, if R is tracked. O(D^3) once
+    per weight for exact values.
     Source: Self Normalizing Flows, section 4.1, equations 10, 11 and A.1.
 
     >>> layer = SelfNormLinear(4)
@@ -136,13 +188,20 @@ class SelfNormLinear(_SelfNorm):
 
     event_dims = 1
 
-    def __init__(self, features: int, bias: bool = True, *, debias: int | Debias = 0) -> None:
-        super().__init__(debias)
+    def __init__(
+        self,
+        features: int,
+        bias: bool = True,
+        *,
+        inverse: str | Upkeep = "penalty",
+        debias: int | Debias = 0,
+    ) -> None:
+        super().__init__(inverse, debias)
         if features < 1:
             raise ValueError(f"features must be at least 1; got {features}")
         self.features = features
         self.weight = nn.Parameter(torch.empty(features, features))
-        self.weight_inv = nn.Parameter(torch.empty(features, features))
+        self.weight_inv = self._inverse_of(self.weight.shape)
         self.bias = nn.Parameter(torch.empty(features)) if bias else None
         self.reset_parameters()
 
@@ -154,8 +213,43 @@ class SelfNormLinear(_SelfNorm):
         if self.bias is not None:
             self.bias.zero_()
 
-    def _step(self, x: Tensor) -> FlowStep:
-        return FlowStep(*ops.snf_linear(x, self.weight, self.weight_inv, self.bias))
+    def _operator(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        weight_inv: Tensor,
+        bias: Tensor | None,
+        reconstruct: bool = True,
+        penalty_share: float = 1.0,
+    ) -> FlowStep:
+        return FlowStep(*ops.snf_linear(x, weight, weight_inv, bias, reconstruct, penalty_share))
+
+    @torch.no_grad()
+    def _track(self, x: Tensor, how: Tracked) -> None:
+        with without_autocast(x.device):
+            wide = wide_dtype(self.weight.dtype)
+            directions = torch.randn(
+                min(how.probes, self.features), self.features, dtype=wide, device=x.device
+            )
+            weights = self.weight.to(wide), self.weight_inv.to(wide)
+            self.weight_inv.data.copy_(tracking.projected_inverse(*weights, directions))
+
+    @torch.no_grad()
+    def fit_inverse(self) -> None:
+        """Set R to the inverse of W.
+
+        Raises:
+            ValueError: W is singular.
+
+        Cost: O(D^3).
+
+        >>> layer = SelfNormLinear(3)
+        >>> layer.fit_inverse()
+        >>> torch.allclose(layer.weight_inv @ layer.weight, torch.eye(3), atol=1e-6)
+        True
+        """
+        eye = torch.eye(self.features, dtype=self.weight.dtype, device=self.weight.device)
+        self.weight_inv.data.copy_(self._factorization().solve(eye).T)
 
     def _what_the_inverse_lacks(self, x: Tensor) -> Tensor:
         wide = wide_dtype(self.weight.dtype)
@@ -226,6 +320,8 @@ class SelfNormConv2d(_SelfNorm):
         start: where w starts: ``"identity"``, Dirac plus Xavier-normal noise of gain 0.01, or
             ``"orthogonal"``, a random orthogonal matrix of the channels at the centre, and
             that noise at the other taps.
+        inverse: how r is kept: ``"penalty"``, the paper's way, ``"inverse-only"``, ``"symmetric"``,
+            ``"tracked"``, or a :class:`Penalty` or :class:`Tracked` with other numbers.
         debias: K, or a :class:`Debias`: terms that correct the inverse term of w's gradient in
             training, with random signs from torch's generator; see :mod:`snf_ext.layers.debias`.
 
@@ -237,9 +333,9 @@ class SelfNormConv2d(_SelfNorm):
             start.
         NotImplementedError: a stride.
 
-    Cost: six convolutions a training step; for exact values what :meth:`exact_plan` says, once per
-    weight and image size. Source: Self Normalizing Flows, section 4.2, equations 15, 16, A.2 and
-    A.4.
+    Cost: six convolutions a training step; three, and one least-squares fit, if r is tracked. For
+    exact values what :meth:`exact_plan` says, once per weight and image size. Source: Self
+    Normalizing Flows, section 4.2, equations 15, 16, A.2 and A.4.
 
     >>> layer = SelfNormConv2d(2, 3, inverse_kernel_size=5)
     >>> z, log_det, recon = layer(torch.randn(7, 2, 4, 6))
@@ -263,9 +359,10 @@ class SelfNormConv2d(_SelfNorm):
         inverse_kernel_size: int | tuple[int, int] | None = None,
         stride: int = 1,
         start: str = "identity",
+        inverse: str | Upkeep = "penalty",
         debias: int | Debias = 0,
     ) -> None:
-        super().__init__(debias)
+        super().__init__(inverse, debias)
         self.start = checked_start(start)
         self.shape = ConvShape.checked(
             channels, kernel_size, dilation, groups, padding_mode, stride
@@ -274,7 +371,7 @@ class SelfNormConv2d(_SelfNorm):
         if inverse_kernel_size is not None:
             inverse_size = odd_pair(inverse_kernel_size, "inverse_kernel_size")
         self.weight = nn.Parameter(torch.empty(self.shape.weight_shape()))
-        self.weight_inv = nn.Parameter(torch.empty(self.shape.weight_shape(inverse_size)))
+        self.weight_inv = self._inverse_of(self.shape.weight_shape(inverse_size))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
 
@@ -288,9 +385,41 @@ class SelfNormConv2d(_SelfNorm):
         if self.bias is not None:
             self.bias.zero_()
 
-    def _step(self, x: Tensor) -> FlowStep:
-        return FlowStep(
-            *ops.snf_conv2d(x, self.weight, self.weight_inv, self.bias, *self.shape.geometry)
+    def _operator(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        weight_inv: Tensor,
+        bias: Tensor | None,
+        reconstruct: bool = True,
+        penalty_share: float = 1.0,
+    ) -> FlowStep:
+        how = (*self.shape.geometry, reconstruct, penalty_share)
+        return FlowStep(*ops.snf_conv2d(x, weight, weight_inv, bias, *how))
+
+    def _track(self, x: Tensor, how: Tracked) -> None:
+        self.fit_inverse((x.shape[2], x.shape[3]))
+
+    @torch.no_grad()
+    def fit_inverse(self, spatial_shape: tuple[int, int]) -> None:
+        """Set r to the kernel that undoes w best on ``(H, W)`` images, by least squares.
+
+        Raises:
+            ValueError: ``spatial_shape`` is no pair of positive ints.
+
+        Cost and equation: :func:`snf_ext.tracking.least_squares_kernel`.
+
+        >>> layer = SelfNormConv2d(2, 3)
+        >>> before = layer(torch.ones(1, 2, 4, 4)).recon.item()
+        >>> layer.fit_inverse((4, 4))
+        >>> layer(torch.ones(1, 2, 4, 4)).recon.item() < before
+        True
+        """
+        size = (self.weight_inv.shape[2], self.weight_inv.shape[3])
+        self.weight_inv.data.copy_(
+            tracking.least_squares_kernel(
+                self.weight, size, image_size(spatial_shape), *self.shape.geometry
+            )
         )
 
     def _factorization(self, x: Tensor) -> exact.Factorization:

@@ -32,7 +32,8 @@ def gradient_angle(flow: Flow, x: Tensor, context: Tensor | None = None) -> dict
         self-normalizing   1/2 delta x' - 1/2 R'
         exact                  delta x' - W^-T
 
-    flattened, and compared by ``arccos(u.v / |u||v|)``. A convolution has the same with its kernel
+    (the former without its halves if the inverse is tracked) flattened, and compared by
+    ``arccos(u.v / |u||v|)``. A convolution has the same with its kernel
     in place of the matrix. 0 where R is the exact inverse and the two halves agree.
 
     Args:
@@ -71,23 +72,26 @@ def gradient_angle(flow: Flow, x: Tensor, context: Tensor | None = None) -> dict
 
     for layer in layers.values():
         layer.register_forward_hook(set_aside)
-    half_data = [torch.zeros_like(weight) for weight in weights]
-    half_inverse: tuple[Tensor, ...] = ()
+    shares = [layer.gradient_share for layer in layers.values()]
+    share_of_data = [torch.zeros_like(weight) for weight in weights]
+    learned: tuple[Tensor, ...] = ()
     with torch.enable_grad():
         for images, c in split(x.double(), None if context is None else context.double(), CHUNK):
             surrogates.clear()
             z, log_det, _ = flow(images, c)
             data_term = -(ops.normal_log_prob(z) + log_det).sum() / len(x)
-            first = not half_inverse
+            first = not learned
             parts = torch.autograd.grad(data_term, weights, retain_graph=first)
-            for total, part in zip(half_data, parts, strict=True):
+            for total, part in zip(share_of_data, parts, strict=True):
                 total += part
             if first:  # the same for any samples
-                half_inverse = torch.autograd.grad(-torch.stack(surrogates).sum(), weights)
+                learned = torch.autograd.grad(-torch.stack(surrogates).sum(), weights)
         inverse = [_log_det_gradient(layer, inputs[layer]) for layer in layers.values()]
     return {
-        name: degrees(half + learned, 2 * half - true)
-        for name, half, learned, true in zip(layers, half_data, half_inverse, inverse, strict=True)
+        name: degrees(data + learned_term, data / share - true)
+        for name, share, data, learned_term, true in zip(
+            layers, shares, share_of_data, learned, inverse, strict=True
+        )
     }
 
 
