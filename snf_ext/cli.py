@@ -83,8 +83,9 @@ class Train:
     lr: float | None = None
     """Learning rate; 1e-3, fc on other data than digits 1e-4."""
     recon_weight: float | None = None
-    """Weight lambda of the reconstruction penalty; fc and conv 1 (digits 10), glow 100 (images
-    1000)."""
+    """Weight lambda of the reconstruction penalty. If not given there is no penalty, because
+    learned inverses are tracked; with --model-args inverse=penalty it is 1 for fc and conv (digits
+    10) and 100 for glow (images 1000)."""
     warmup_epochs: float | None = None
     """Epochs over which the learning rate rises from 0; 10."""
     clip_norm: float | None = None

@@ -121,6 +121,13 @@ _DATA: dict[str, dict[str, Any]] = {
     "images": {"epochs": 100},
 }
 
+# The argument of each model that names its mixing layers, of which "self_norm" learns inverses.
+LAYERS = {"fc": "linear", "conv": "conv", "glow": "mixing"}
+
+# How those are kept where nobody asked otherwise. Who names a weight of the penalty wants the
+# penalty, as the papers have it.
+INVERSE = "tracked"
+
 # The papers' settings (SNF A.3) but for epochs, and quick ones for digits. There, lambda = 1 lets
 # the angle of fc drift to 30 degrees and back at this learning rate; 10 holds it below 1 and ends
 # nearer to the exact gradient's likelihood.
@@ -171,6 +178,9 @@ def resolve(given: dict[str, Any], earlier: Config | None = None) -> Config:
     if earlier is None:
         usual = defaults(asked["model"], asked["data"])
         own = {**usual.get("model_args", {}), **asked.get("model_args", {})}
+        layers = LAYERS.get(asked["model"])
+        if layers and own.get(layers, "self_norm") == "self_norm" and "recon_weight" not in asked:
+            own = {"inverse": INVERSE, **own}
         return Config(**{**usual, **asked, "model_args": own})
     if "model_args" in asked:  # asked for in part: the rest stays as it was
         asked["model_args"] = {**earlier.model_args, **asked["model_args"]}
