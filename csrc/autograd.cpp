@@ -1,6 +1,7 @@
 // The public operators: autograd and autocast around the forward and backward operators.
 //
 // log_det's value is 0 and its gradient the learned inverse's; recon sends no gradient to x.
+// Without reconstruct recon and weight_inv have no gradient, and neither z nor a residual is kept.
 // Differentiating a gradient again is refused: it is an approximation with no derivative.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
@@ -36,33 +37,35 @@ struct Conv2d {
 template <typename Layer, typename... Geometry>
 ForwardStep forward_op(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
-    Geometry... geometry) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow(Layer::forward_name, "")
-          .template typed<ForwardStep(
-              const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, Geometry...)>();
-  return op.call(x, weight, weight_inv, bias, geometry...);
+    std::tuple<Geometry...> geometry, bool reconstruct) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow(Layer::forward_name, "")
+                             .template typed<ForwardStep(
+                                 const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                 Geometry..., bool)>();
+  return std::apply(
+      [&](auto... rest) { return op.call(x, weight, weight_inv, bias, rest..., reconstruct); },
+      geometry);
 }
 
 template <typename Layer, typename... Geometry>
 Gradients backward_op(
     const Tensor& grad_z, const OptionalTensor& grad_log_det, const OptionalTensor& grad_recon,
-    const Tensor& x, const Tensor& z, const Tensor& residual, const Tensor& weight,
+    const Tensor& x, const OptionalTensor& z, const OptionalTensor& residual, const Tensor& weight,
     const Tensor& weight_inv, const OptionalTensor& bias, std::tuple<Geometry...> geometry,
-    std::array<bool, 4> mask) {
+    double penalty_share, std::array<bool, 4> mask) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow(Layer::backward_name, "")
           .template typed<Gradients(
               const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-              const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-              Geometry..., std::array<bool, 4>)>();
+              const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+              const OptionalTensor&, Geometry..., double, std::array<bool, 4>)>();
   return std::apply(
       [&](auto... rest) {
         return op.call(
             grad_z, grad_log_det, grad_recon, x, z, residual, weight, weight_inv, bias, rest...,
-            mask);
+            penalty_share, mask);
       },
       geometry);
 }
@@ -76,12 +79,14 @@ template <typename Layer, typename... Geometry>
 struct Backward : torch::autograd::Function<Backward<Layer, Geometry...>> {
   static variable_list forward(
       AutogradContext*, const Tensor& grad_z, const OptionalTensor& grad_log_det,
-      const OptionalTensor& grad_recon, const Tensor& x, const Tensor& z, const Tensor& residual,
-      const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
-      std::tuple<Geometry...> geometry, std::array<bool, 4> mask) {
+      const OptionalTensor& grad_recon, const Tensor& x, const OptionalTensor& z,
+      const OptionalTensor& residual, const Tensor& weight, const Tensor& weight_inv,
+      const OptionalTensor& bias, std::tuple<Geometry...> geometry, double penalty_share,
+      std::array<bool, 4> mask) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [dx, dw, dr, dc] = backward_op<Layer, Geometry...>(
-        grad_z, grad_log_det, grad_recon, x, z, residual, weight, weight_inv, bias, geometry, mask);
+        grad_z, grad_log_det, grad_recon, x, z, residual, weight, weight_inv, bias, geometry,
+        penalty_share, mask);
     return {dx, dw, dr, dc};
   }
 
@@ -97,29 +102,37 @@ template <typename Layer, typename... Geometry>
 struct Forward : torch::autograd::Function<Forward<Layer, Geometry...>> {
   static variable_list forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& weight_inv,
-      const OptionalTensor& bias, Geometry... geometry) {
+      const OptionalTensor& bias, std::tuple<Geometry...> geometry, bool reconstruct,
+      double penalty_share) {
+    check_penalty_share(penalty_share);
     at::AutoDispatchBelowADInplaceOrView below;
     auto [z, log_det, recon, residual] =
-        forward_op<Layer, Geometry...>(x, weight, weight_inv, bias, geometry...);
-    ctx->save_for_backward({x, z, residual, weight, weight_inv, bias.value_or(Tensor())});
-    ctx->saved_data["geometry"] = c10::IValue(std::make_tuple(geometry...));
+        forward_op<Layer, Geometry...>(x, weight, weight_inv, bias, geometry, reconstruct);
+    const auto kept = [&](const Tensor& t) { return reconstruct ? t : Tensor(); };
+    ctx->save_for_backward(
+        {x, kept(z), kept(residual), weight, weight_inv, bias.value_or(Tensor())});
+    if (!reconstruct) ctx->mark_non_differentiable({recon});
+    ctx->saved_data["geometry"] = c10::IValue(geometry);
+    ctx->saved_data["penalty_share"] = penalty_share;
     ctx->set_materialize_grads(false);
     return {z, log_det, recon};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &z = saved[1], &residual = saved[2];
-    const OptionalTensor bias = if_defined(saved[5]);
+    const Tensor& x = saved[0];
+    const OptionalTensor z = if_defined(saved[1]), residual = if_defined(saved[2]),
+                         bias = if_defined(saved[5]);
     const std::array<bool, 4> mask = {
-        ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
+        ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+        residual.has_value() && ctx->needs_input_grad(2),
         bias.has_value() && ctx->needs_input_grad(3)};
-    const Tensor grad_z = grads[0].defined() ? grads[0] : at::zeros_like(z);
+    const Tensor grad_z = grads[0].defined() ? grads[0] : at::zeros_like(x);
     const auto geometry = ctx->saved_data["geometry"].to<std::tuple<Geometry...>>();
     const variable_list out = Backward<Layer, Geometry...>::apply(
         grad_z, if_defined(grads[1]), if_defined(grads[2]), x, z, residual, saved[3], saved[4],
-        bias, geometry, mask);
-    variable_list result(4 + sizeof...(Geometry));
+        bias, geometry, ctx->saved_data["penalty_share"].toDouble(), mask);
+    variable_list result(7);  // one for each argument of forward
     for (int i = 0; i < 4; ++i)
       if (mask[i]) result[i] = out[i];
     return result;
@@ -129,25 +142,30 @@ struct Forward : torch::autograd::Function<Forward<Layer, Geometry...>> {
 Step as_step(const variable_list& outputs) { return {outputs[0], outputs[1], outputs[2]}; }
 
 Step linear_autograd(
-    const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias) {
-  return as_step(Forward<Linear>::apply(x, weight, weight_inv, bias));
+    const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
+    bool reconstruct, double penalty_share) {
+  return as_step(
+      Forward<Linear>::apply(
+          x, weight, weight_inv, bias, std::tuple<>(), reconstruct, penalty_share));
 }
 
 Step conv2d_autograd(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
-    int64_t dilation, int64_t groups, bool circular) {
+    int64_t dilation, int64_t groups, bool circular, bool reconstruct, double penalty_share) {
   return as_step(
       Forward<Conv2d, int64_t, int64_t, bool>::apply(
-          x, weight, weight_inv, bias, dilation, groups, circular));
+          x, weight, weight_inv, bias, std::tuple(dilation, groups, circular), reconstruct,
+          penalty_share));
 }
 
 // Below autograd: the forward operator alone.
 template <typename Layer, typename... Geometry>
 Step plain(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
-    Geometry... geometry) {
-  auto [z, log_det, recon, residual] =
-      forward_op<Layer, Geometry...>(x, weight, weight_inv, bias, geometry...);
+    Geometry... geometry, bool reconstruct, double penalty_share) {
+  check_penalty_share(penalty_share);
+  auto [z, log_det, recon, residual] = forward_op<Layer, Geometry...>(
+      x, weight, weight_inv, bias, std::tuple(geometry...), reconstruct);
   return {z, log_det, recon};
 }
 
@@ -157,31 +175,30 @@ using at::autocast::cached_cast;
 
 template <at::DeviceType device, c10::DispatchKey key>
 Step linear_autocast(
-    const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("snf_ext::snf_linear", "")
-          .typed<Step(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&)>();
+    const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
+    bool reconstruct, double penalty_share) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("snf_ext::snf_linear", "")
+                             .typed<decltype(linear_autograd)>();
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   return op.call(
       cached_cast(at::kFloat, x, device), cached_cast(at::kFloat, weight, device),
-      cached_cast(at::kFloat, weight_inv, device), cached_cast(at::kFloat, bias, device));
+      cached_cast(at::kFloat, weight_inv, device), cached_cast(at::kFloat, bias, device),
+      reconstruct, penalty_share);
 }
 
 template <at::DeviceType device, c10::DispatchKey key>
 Step conv2d_autocast(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
-    int64_t dilation, int64_t groups, bool circular) {
+    int64_t dilation, int64_t groups, bool circular, bool reconstruct, double penalty_share) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("snf_ext::snf_conv2d", "")
-                             .typed<Step(
-                                 const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                 int64_t, int64_t, bool)>();
+                             .typed<decltype(conv2d_autograd)>();
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   return op.call(
       cached_cast(at::kFloat, x, device), cached_cast(at::kFloat, weight, device),
       cached_cast(at::kFloat, weight_inv, device), cached_cast(at::kFloat, bias, device), dilation,
-      groups, circular);
+      groups, circular, reconstruct, penalty_share);
 }
 
 }  // namespace

@@ -110,6 +110,11 @@ void check_conv2d(
   check_alike(x, "bias", bias);
 }
 
+void check_penalty_share(double share) {
+  TORCH_CHECK_VALUE(
+      0 <= share && share <= 1, "penalty_share must be in [0, 1]; got ", python_float(share));
+}
+
 void check_triangular(const at::Tensor& z, const at::Tensor& weight) {
   TORCH_CHECK_TYPE(
       at::isFloatingType(z.scalar_type()), "z must be a floating-point tensor; got ",

@@ -20,6 +20,9 @@ void check_conv2d(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_inv,
     const OptionalTensor& bias, int64_t dilation, int64_t groups);
 
+// Of the gradient of the reconstruction penalty, which the forward weight takes.
+void check_penalty_share(double share);
+
 void check_triangular(const at::Tensor& z, const at::Tensor& weight);
 
 void check_rq_spline(

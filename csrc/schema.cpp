@@ -1,29 +1,35 @@
 // The operators' schemas. Each public operator runs, with gradients, over a forward operator that
 // also gives what backward needs, and a backward operator; those two have one file a device.
+// Without reconstruct the forward operator's residual has no elements, and the backward operator,
+// given neither it nor z, has no gradient for weight_inv.
 #include <torch/library.h>
 
 TORCH_LIBRARY(snf_ext, m) {
   m.def(
-      "snf_linear(Tensor x, Tensor weight, Tensor weight_inv, Tensor? bias=None)"
+      "snf_linear(Tensor x, Tensor weight, Tensor weight_inv, Tensor? bias=None,"
+      " bool reconstruct=True, float penalty_share=1.0)"
       " -> (Tensor z, Tensor log_det, Tensor recon)");
   m.def(
-      "snf_linear_forward(Tensor x, Tensor weight, Tensor weight_inv, Tensor? bias)"
-      " -> (Tensor z, Tensor log_det, Tensor recon, Tensor residual)");
+      "snf_linear_forward(Tensor x, Tensor weight, Tensor weight_inv, Tensor? bias,"
+      " bool reconstruct) -> (Tensor z, Tensor log_det, Tensor recon, Tensor residual)");
   m.def(
       "snf_linear_backward(Tensor grad_z, Tensor? grad_log_det, Tensor? grad_recon, Tensor x,"
-      " Tensor z, Tensor residual, Tensor weight, Tensor weight_inv, Tensor? bias,"
-      " bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+      " Tensor? z, Tensor? residual, Tensor weight, Tensor weight_inv, Tensor? bias,"
+      " float penalty_share, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
 
   m.def(
       "snf_conv2d(Tensor x, Tensor weight, Tensor weight_inv, Tensor? bias=None, int dilation=1,"
-      " int groups=1, bool circular=False) -> (Tensor z, Tensor log_det, Tensor recon)");
+      " int groups=1, bool circular=False, bool reconstruct=True, float penalty_share=1.0)"
+      " -> (Tensor z, Tensor log_det, Tensor recon)");
   m.def(
       "snf_conv2d_forward(Tensor x, Tensor weight, Tensor weight_inv, Tensor? bias, int dilation,"
-      " int groups, bool circular) -> (Tensor z, Tensor log_det, Tensor recon, Tensor residual)");
+      " int groups, bool circular, bool reconstruct)"
+      " -> (Tensor z, Tensor log_det, Tensor recon, Tensor residual)");
   m.def(
       "snf_conv2d_backward(Tensor grad_z, Tensor? grad_log_det, Tensor? grad_recon, Tensor x,"
-      " Tensor z, Tensor residual, Tensor weight, Tensor weight_inv, Tensor? bias, int dilation,"
-      " int groups, bool circular, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+      " Tensor? z, Tensor? residual, Tensor weight, Tensor weight_inv, Tensor? bias, int dilation,"
+      " int groups, bool circular, float penalty_share, bool[4] output_mask) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
 
   // No backward of its own: gradients are registered in snf_ext/ops/triangular.py.
   m.def("triangular_conv2d_solve(Tensor z, Tensor weight, bool upper=False) -> Tensor");

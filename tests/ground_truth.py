@@ -61,22 +61,37 @@ def onto_kernel(matrix, shape, size, dilation, groups, circular):
     return gradient
 
 
-def dense(x, weight, weight_inv, bias, grad_z, grad_log_det, grad_recon) -> Truth:
+def dense(
+    x,
+    weight,
+    weight_inv,
+    bias,
+    grad_z,
+    grad_log_det,
+    grad_recon,
+    reconstruct=True,
+    penalty_share=1.0,
+) -> Truth:
     """The one equation set on matrices; all of x, bias, grad_z are (B, D)."""
     y = x @ weight.T
+    if not reconstruct:
+        dweight = grad_z.T @ x + grad_log_det.sum() * weight_inv.T
+        recon, dweight_inv = np.zeros(len(x)), np.zeros_like(weight_inv)
+        return Truth(y + bias, recon, grad_z @ weight, dweight, dweight_inv, grad_z.sum(0))
     error = y @ weight_inv.T - x
     total = grad_log_det.sum()
     dx = grad_z @ weight
     pull = 2 * grad_recon[:, None] * error
-    dweight = (grad_z / 2 + pull @ weight_inv).T @ x + total / 2 * weight_inv.T
+    delta = grad_z / 2 + penalty_share * pull @ weight_inv
+    dweight = delta.T @ x + total / 2 * weight_inv.T
     dweight_inv = (pull - dx / 2).T @ y - total / 2 * weight.T
     return Truth(y + bias, (error**2).sum(1), dx, dweight, dweight_inv, grad_z.sum(0))
 
 
-def linear(x, weight, weight_inv, bias, grad_z, grad_log_det, grad_recon) -> Truth:
-    args = [None if a is None else np.asarray(a, dtype=np.float64) for a in locals().values()]
-    args[3] = np.zeros(args[0].shape[1]) if bias is None else args[3]
-    return dense(*args)
+def linear(x, weight, weight_inv, bias, grad_z, grad_log_det, grad_recon, **rule) -> Truth:
+    args = [x, weight, weight_inv, bias, grad_z, grad_log_det, grad_recon]
+    args[3] = np.zeros(x.shape[1]) if bias is None else bias
+    return dense(*(np.asarray(a, dtype=np.float64) for a in args), **rule)
 
 
 def conv2d(
@@ -90,6 +105,7 @@ def conv2d(
     dilation=1,
     groups=1,
     circular=False,
+    **rule,
 ) -> Truth:
     x, weight, weight_inv, grad_z, grad_log_det, grad_recon = (
         np.asarray(a, dtype=np.float64)
@@ -106,6 +122,7 @@ def conv2d(
         grad_z.reshape(batch, -1),
         grad_log_det,
         grad_recon,
+        **rule,
     )
     return Truth(
         truth.z.reshape(x.shape),

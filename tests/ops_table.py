@@ -25,6 +25,18 @@ class OpCase:
     bias: bool = True
     rest: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def reconstruct(self) -> bool:
+        return self.rest.get("reconstruct", True)
+
+    @property
+    def penalty_share(self) -> float:
+        return self.rest.get("penalty_share", 1.0)
+
+    @property
+    def geometry(self) -> tuple:
+        return tuple(self.rest[k] for k in ("dilation", "groups", "circular") if k in self.rest)
+
     def native(self, *args, **kwargs):
         return getattr(torch.ops.snf_ext, self.op)(*args, **self.rest, **kwargs)
 
@@ -55,12 +67,14 @@ class OpCase:
         return [g.to(device, dtype) for g in grads]
 
 
-def linear(name, *batch_and_features, bias=True):
+# `rule`: reconstruct and penalty_share.
+def linear(name, *batch_and_features, bias=True, **rule):
     d = batch_and_features[-1]
-    return OpCase(name, "snf_linear", ground_truth.linear, batch_and_features, (d, d), (d, d), bias)
+    shapes = (batch_and_features, (d, d), (d, d))
+    return OpCase(name, "snf_linear", ground_truth.linear, *shapes, bias, rule)
 
 
-def conv(name, x, kernel, inverse=None, *, bias=True, dilation=1, groups=1, circular=False):
+def conv(name, x, kernel, inverse=None, *, bias=True, dilation=1, groups=1, circular=False, **rule):
     def shape(size):
         rows, columns = size if isinstance(size, tuple) else (size, size)
         return (x[1], x[1] // groups, rows, columns)
@@ -73,7 +87,7 @@ def conv(name, x, kernel, inverse=None, *, bias=True, dilation=1, groups=1, circ
         shape(kernel),
         shape(inverse or kernel),
         bias,
-        {"dilation": dilation, "groups": groups, "circular": circular},
+        {"dilation": dilation, "groups": groups, "circular": circular, **rule},
     )
 
 
@@ -107,4 +121,27 @@ OPS = [
     # Too many channels for them: torch's own convolutions (csrc/cpu/conv2d_stock.cpp).
     conv("conv-channels-66", (3, 66, 2, 2), 3),
     conv("conv-channels-134-circular", (2, 134, 2, 1), 3, 5, groups=2, circular=True, dilation=2),
+    # Nothing reconstructed, and shares of the penalty: each layer, each way of computing it.
+    linear("linear-plain", 5, 7, reconstruct=False),
+    linear("linear-share-0", 4, 9, bias=False, penalty_share=0.0),
+    linear("linear-share-0.3", 5, 7, penalty_share=0.3),
+    conv("conv-plain", (4, 3, 6, 5), 3, 5, reconstruct=False),
+    conv(
+        "conv-plain-circular-groups",
+        (2, 4, 4, 5),
+        5,
+        3,
+        groups=2,
+        circular=True,
+        reconstruct=False,
+        penalty_share=0.3,
+    ),
+    conv("conv-share-0", (4, 3, 6, 5), 3, penalty_share=0.0),
+    conv("conv-share-0.3", (3, 2, 5, 6), 3, 5, bias=False, penalty_share=0.3),
+    conv("conv-channels-16-plain", (9, 16, 3, 2), 3, 1, reconstruct=False),
+    conv("conv-channels-32-groups-share-0", (3, 32, 2, 3), 3, groups=2, penalty_share=0.0),
+    conv("conv-channels-16-share-0.3", (9, 16, 3, 2), 3, penalty_share=0.3),
+    conv("conv-channels-66-plain", (3, 66, 2, 2), 3, 1, reconstruct=False),
+    conv("conv-channels-66-share-0", (3, 66, 2, 2), 3, 1, penalty_share=0.0),
+    conv("conv-channels-66-share-0.3", (3, 66, 2, 2), 3, penalty_share=0.3),
 ]

@@ -378,13 +378,20 @@ x, w = torch.randn(3, 4, 14, 14), torch.randn(4, 4, 3, 3)
 c, shape, wanted = torch.randn(4), (1, 1, False), [True] * 4
 for dtype in (torch.float32, torch.bfloat16):
     tensors = [t.to(dtype) for t in (x, w, w, c)]
-    (z, g, q, e), counts[f"forward {dtype}"] = started(ops.snf_conv2d_forward, *tensors, *shape)
+    (z, g, q, e), counts[f"forward {dtype}"] = started(
+        ops.snf_conv2d_forward, *tensors, *shape, True)
     counts[f"backward {dtype}"] = started(
-        ops.snf_conv2d_backward, z, g, q, tensors[0], z, e, *tensors[1:], *shape, wanted)[1]
+        ops.snf_conv2d_backward, z, g, q, tensors[0], z, e, *tensors[1:], *shape, 1.0, wanted)[1]
 x, w, c = torch.randn(3, 20), torch.randn(20, 20), torch.randn(20)
-(z, g, q, e), counts["linear forward"] = started(ops.snf_linear_forward, x, w, w, c)
+(z, g, q, e), counts["linear forward"] = started(ops.snf_linear_forward, x, w, w, c, True)
 counts["linear backward"] = started(
-    ops.snf_linear_backward, z, g, q, x, z, e, w, w, c, wanted)[1]
+    ops.snf_linear_backward, z, g, q, x, z, e, w, w, c, 1.0, wanted)[1]
+counts["linear backward, share 0"] = started(
+    ops.snf_linear_backward, z, g, q, x, z, e, w, w, c, 0.0, wanted)[1]
+(z, g, _, _), counts["linear forward, no reconstruction"] = started(
+    ops.snf_linear_forward, x, w, w, c, False)
+counts["linear backward, no reconstruction"] = started(
+    ops.snf_linear_backward, z, g, None, x, None, None, w, w, c, 1.0, wanted)[1]
 print(json.dumps(counts))
 """
 
@@ -399,4 +406,7 @@ def test_what_a_step_starts(clone):
         "backward torch.bfloat16": {"kernels": 2},
         "linear forward": {"kernels": 1, "mm": 2},
         "linear backward": {"kernels": 1, "mm": 1, "addmm_": 3},
+        "linear backward, share 0": {"kernels": 1, "mm": 1, "addmm_": 2},
+        "linear forward, no reconstruction": {"kernels": 1, "mm": 1},
+        "linear backward, no reconstruction": {"kernels": 1, "mm": 1, "addmm_": 1},
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import ground_truth
 import numpy as np
 import pytest
@@ -15,7 +17,17 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 # Of two ways to the same number by the same operator.
 SAME = {torch.float64: 1e-12, torch.float32: 1e-5}
 FIELDS = ground_truth.Truth._fields
-SOME = [case for case in OPS if case.name in ("linear", "conv-3x3", "conv-channels-16")]
+SOME = [
+    case
+    for case in OPS
+    if case.name
+    in (
+        *("linear", "conv-3x3", "conv-channels-16"),
+        *("linear-plain", "linear-share-0.3", "conv-plain", "conv-share-0"),
+    )
+]
+# Those of them that are told what to reconstruct, or who pays for it.
+RULES = [case for case in SOME if case.rest.keys() & {"reconstruct", "penalty_share"}]
 
 
 def ids(case):
@@ -28,9 +40,16 @@ def run(function, tensors, grads):
     z, log_det, recon = function(*leaves)
     assert torch.equal(log_det, torch.zeros_like(log_det))
     used = [t for t in leaves if t is not None]
-    out = torch.autograd.grad((z, log_det, recon), used, grads)
+    out = gradients((z, log_det, recon), used, grads)
     out = [*out, torch.zeros(())] if tensors[3] is None else out
     return ground_truth.Truth(*(t.detach().cpu().numpy() for t in (z, recon, *out)))
+
+
+def gradients(outputs, leaves, grads):
+    """Zeros where there is none; recon has none if nothing is reconstructed."""
+    pairs = [(t, g) for t, g in zip(outputs, grads, strict=True) if t.requires_grad]
+    outputs, grads = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, leaves, grads, materialize_grads=True)
 
 
 def function_of(case, backend):
@@ -100,8 +119,10 @@ def test_gradcheck_without_the_learned_inverse_term(case, backend):
 
     if x.numel() * max(weight.numel(), weight_inv.numel()) > 20_000:
         pytest.skip("too many numerical derivatives")
-    weights = [weight.requires_grad_(), weight_inv.requires_grad_()]
-    assert torch.autograd.gradcheck(recon_of_weights, weights, fast_mode=True)
+    # Less than all of the penalty's gradient is not the numerical one.
+    weights = [weight.requires_grad_(case.penalty_share == 1), weight_inv.requires_grad_()]
+    if case.reconstruct:
+        assert torch.autograd.gradcheck(recon_of_weights, weights, fast_mode=True)
     data = [x.requires_grad_(), None if bias is None else bias.requires_grad_()]
     assert torch.autograd.gradcheck(z_of_data, data, fast_mode=True)
 
@@ -111,8 +132,10 @@ def test_recon_sends_no_gradient_to_x(case, backend):
     x, *rest = case.tensors()
     x.requires_grad_()
     recon = function_of(case, backend)(x, *rest)[2]
-    (grad,) = torch.autograd.grad(recon.sum(), x, allow_unused=True)
-    assert grad is None or not grad.any()
+    assert recon.requires_grad == case.reconstruct
+    if case.reconstruct:
+        (grad,) = torch.autograd.grad(recon.sum(), x, allow_unused=True)
+        assert grad is None or not grad.any()
 
 
 @pytest.mark.parametrize("case", SOME, ids=ids)
@@ -150,7 +173,7 @@ def test_only_what_is_needed(case, wanted, dtype, backend, device):
     function = function_of(case, backend)
     together = run(function, tensors, grads)[2 + wanted]
     leaves = [t.clone().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
-    (alone,) = torch.autograd.grad(function(*leaves), leaves[wanted], grads)
+    (alone,) = gradients(function(*leaves), leaves[wanted], grads)
     np.testing.assert_allclose(alone.cpu(), together, rtol=SAME[dtype], atol=SAME[dtype])
 
 
@@ -164,9 +187,11 @@ def test_each_output_alone(case, output, dtype, backend, device):
     masked = [g if i == output else torch.zeros_like(g) for i, g in enumerate(grads)]
     want = run(function, tensors, masked)
     leaves = [t.clone().requires_grad_() for t in tensors]
-    got = torch.autograd.grad(
-        function(*leaves)[output], leaves, grads[output], materialize_grads=True
-    )
+    value = function(*leaves)[output]
+    if output == 2 and not case.reconstruct:
+        assert not value.requires_grad
+        return
+    got = torch.autograd.grad(value, leaves, grads[output], materialize_grads=True)
     for a, b in zip(got, want[2:], strict=True):
         np.testing.assert_allclose(a.cpu(), b, rtol=SAME[dtype], atol=SAME[dtype])
 
@@ -179,8 +204,9 @@ def test_empty_batch(case, dtype, backend, device):
     z, log_det, recon = function_of(case, backend)(*leaves)
     assert z.shape == leaves[0].shape
     assert log_det.shape == recon.shape == (0,)
-    (z.sum() + log_det.sum() + recon.sum()).backward()
-    assert all(not leaf.grad.any() for leaf in leaves[1:])
+    loss = z.sum() + log_det.sum() + recon.sum()
+    grads = torch.autograd.grad(loss, leaves[1:], materialize_grads=True)
+    assert all(not grad.any() for grad in grads)
 
 
 @pytest.mark.parametrize("dtype", SAME, ids=str)
@@ -224,14 +250,13 @@ def test_half_precision_accumulates_in_float32(case, dtype, backend, device):
     z, log_det, recon = function(*leaves)
     assert z.dtype == dtype
     assert log_det.dtype == recon.dtype == torch.float32
-    got = torch.autograd.grad(
-        (z, log_det, recon), leaves, [grads[0], *(g.float() for g in grads[1:])]
-    )
+    got = gradients((z, log_det, recon), leaves, [grads[0], *(g.float() for g in grads[1:])])
     truth = case.truth(*(t.detach().double().cpu() for t in (*tensors, *grads)), **case.rest)
     rounding = torch.finfo(dtype).eps
     for name, a in zip(FIELDS, (z, recon, *got), strict=True):
         want = getattr(truth, name)
-        error = np.abs(a.detach().double().cpu().numpy() - want).max() / np.abs(want).max()
+        error = np.abs(a.detach().double().cpu().numpy() - want).max()
+        error /= max(np.abs(want).max(), 1e-30)
         # y is read back from the rounded z, which costs dR one rounding more.
         limit = 1e-5 if name == "recon" else 2 * rounding
         assert error < limit, f"{name}: {error}"
@@ -280,13 +305,52 @@ def test_opcheck_of_the_inner_operators(case, mask, device_or_meta):
     ops = torch.ops.snf_ext
     x, weight, weight_inv, bias = case.tensors(torch.float32, device_or_meta)
     grads = case.gradients_of_outputs(torch.float32, device_or_meta)
-    rest = tuple(case.rest.values())
+    rest = case.geometry
     forward = getattr(ops, f"{case.op}_forward").default
     backward = getattr(ops, f"{case.op}_backward").default
-    arguments = (x, weight, weight_inv, bias, *rest)
+    arguments = (x, weight, weight_inv, bias, *rest, case.reconstruct)
     torch.library.opcheck(forward, arguments)
     z, _, _, residual = forward(*arguments)
-    torch.library.opcheck(backward, (*grads, x, z, residual, weight, weight_inv, bias, *rest, mask))
+    kept = (z, residual) if case.reconstruct else (None, None)
+    assert case.reconstruct or residual.numel() == 0
+    arguments = (*grads, x, *kept, weight, weight_inv, bias, *rest, case.penalty_share, mask)
+    torch.library.opcheck(backward, arguments)
+    wanted = [m and (i != 2 or case.reconstruct) for i, m in enumerate(mask)]
+    assert [t.numel() > 0 for t in backward(*arguments)] == wanted
+
+
+@pytest.mark.parametrize("case", [c for c in RULES if not c.reconstruct], ids=ids)
+def test_without_a_reconstruction_only_inputs_are_kept(case, backend):
+    """Neither z nor a residual, and weight_inv gets no gradient, not even zeros."""
+    leaves = [t.requires_grad_() for t in case.tensors()]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        z, log_det, _ = function_of(case, backend)(*leaves)
+    inputs = {t.data_ptr() for t in leaves}
+    assert {t.data_ptr() for t in kept} <= inputs
+    # z is not kept: changing it is no error.
+    z.detach().zero_()
+    (z.sum() + log_det.sum()).backward()
+    assert [t.grad is None for t in leaves] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("case", RULES, ids=ids)
+def test_compiles_as_one_graph(case, backend, device):
+    tensors, grads = case.tensors(torch.float32, device), case.gradients_of_outputs(torch.float32)
+
+    def loss(*leaves):
+        outputs = function(*leaves)
+        return sum((t * g.to(device)).sum() for t, g in zip(outputs, grads, strict=True))
+
+    function = getattr(snf_ext.ops, case.op)
+    function = functools.partial(function, **case.rest)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for_each = []
+    for call in (loss, compiled):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        for_each.append(torch.autograd.grad(call(*leaves), leaves, materialize_grads=True))
+    for a, b in zip(*for_each, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @needs_native
@@ -423,6 +487,13 @@ def bad_arguments():
         ValueError,
         r"bias must have shape \[C\] = \[4\]; got \[5\]",
     )
+    message = r"penalty_share must be in \[0, 1\]; got "
+    square, conv = (torch.randn(2, 4), *[torch.eye(4)] * 2), (x, w, w)
+    for share, text in ((1.5, "1.5"), (-1, "-1.0"), (float("nan"), "nan")):
+        for reconstruct in (True, False):
+            rule = (None, reconstruct, share)
+            yield "snf_linear", (*square, *rule), ValueError, message + text
+        yield "snf_conv2d", (*conv, None, 1, 2, False, False, share), ValueError, message + text
 
 
 @pytest.mark.parametrize(("name", "arguments", "error", "message"), list(bad_arguments()))
@@ -439,7 +510,7 @@ def test_cpu_only_build_explains_cuda_tensors():
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     op = torch.ops.snf_ext.snf_linear_forward.default
     with pytest.raises(NotImplementedError, match=r"built for the CPU only.*FORCE_CUDA=1"):
-        op.redispatch(keys, x, w, w, None)
+        op.redispatch(keys, x, w, w, None, True)
 
 
 @needs_native
@@ -449,12 +520,12 @@ def test_cuda_build_without_a_device_explains_itself():
     x, w, ops = torch.randn(2, 3), torch.eye(3), torch.ops.snf_ext
     image, kernel, shape = torch.randn(2, 3, 4, 4), torch.randn(3, 3, 3, 3), (1, 1, False)
     calls = {
-        ops.snf_linear_forward.default: (x, w, w, None),
-        ops.snf_linear_backward.default: (x, None, None, x, x, x, w, w, None, [True] * 4),
-        ops.snf_conv2d_forward.default: (image, kernel, kernel, None, *shape),
+        ops.snf_linear_forward.default: (x, w, w, None, True),
+        ops.snf_linear_backward.default: (x, None, None, x, x, x, w, w, None, 1.0, [True] * 4),
+        ops.snf_conv2d_forward.default: (image, kernel, kernel, None, *shape, True),
         ops.snf_conv2d_backward.default: (
             *(image, None, None, image, image, image, kernel, kernel, None),
-            *(*shape, [True] * 4),
+            *(*shape, 1.0, [True] * 4),
         ),
     }
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)

@@ -30,13 +30,14 @@ bool prefers_stock(const Tensor& weight, const Tensor& weight_inv) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
-    int64_t dilation, int64_t groups, bool circular) {
+    int64_t dilation, int64_t groups, bool circular, bool reconstruct) {
   check_conv2d(x, weight, weight_inv, bias, dilation, groups);
   const WithoutAutocast full_precision;
   const Geometry geometry = {dilation, groups, circular};
-  const Tensor w = wide(reaching(weight, x, geometry)), r = wide(reaching(weight_inv, x, geometry));
+  const Tensor w = wide(reaching(weight, x, geometry));
+  const Tensor r = reconstruct ? wide(reaching(weight_inv, x, geometry)) : w;  // w stands in
   const auto step = prefers_stock(w, r) ? stock::forward : fused::forward;
-  const auto [z, recon, residual] = step(wide(x), w, r, wide(bias), geometry);
+  const auto [z, recon, residual] = step(wide(x), w, r, wide(bias), geometry, reconstruct);
   return {z.to(x.scalar_type()), at::zeros_like(recon), recon, residual};
 }
 
@@ -81,23 +82,30 @@ void add_inverse_term(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_z, const OptionalTensor& grad_log_det, const OptionalTensor& grad_recon,
-    const Tensor& x, const Tensor& z, const Tensor& residual, const Tensor& weight,
+    const Tensor& x, const OptionalTensor& z, const OptionalTensor& residual, const Tensor& weight,
     const Tensor& weight_inv, const OptionalTensor& bias, int64_t dilation, int64_t groups,
-    bool circular, std::array<bool, 4> mask) {
+    bool circular, double penalty_share, std::array<bool, 4> mask) {
   const WithoutAutocast full_precision;
+  const bool reconstructs = z && residual;
+  mask[2] = mask[2] && reconstructs;
   const Geometry geometry = {dilation, groups, circular};
   const Tensor dz = wide(grad_z);
   const Tensor w = wide(reaching(weight, x, geometry)), r = wide(reaching(weight_inv, x, geometry));
   Tensor dx, dw, dr, dc;
+  // Two weights share the gradient through z and log_det, or the forward one has all of it.
+  const Shares shares = {reconstructs ? 0.5 : 1.0, penalty_share};
+  // Unless nobody asks for the penalty's gradient, or nobody takes it.
+  const bool penalty = grad_recon && reconstructs && (mask[2] || penalty_share != 0);
   if (mask[0] || mask[1] || mask[2]) {
-    const auto step = prefers_stock(w, r) ? stock::backward : fused::backward;
+    const Tensor& inverse = reconstructs ? r : w;  // w stands in
+    const auto step = prefers_stock(w, inverse) ? stock::backward : fused::backward;
     std::tie(dx, dw, dr) = step(
-        dz, per_sample(grad_recon, dz.scalar_type()), wide(x), wide(z), residual, w, r, wide(bias),
-        geometry, mask);
+        dz, penalty ? per_sample(grad_recon, dz.scalar_type()) : std::nullopt, wide(x), wide(z),
+        residual, w, inverse, wide(bias), geometry, shares, mask);
   }
-  const double half_total = 0.5 * total(grad_log_det);
-  if (mask[1]) add_inverse_term(dw, r, half_total, x, geometry);
-  if (mask[2]) add_inverse_term(dr, w, -half_total, x, geometry);
+  const double term = shares.data * total(grad_log_det);
+  if (mask[1]) add_inverse_term(dw, r, term, x, geometry);
+  if (mask[2]) add_inverse_term(dr, w, -term, x, geometry);
   if (mask[3]) dc = dz.sum({0, 2, 3});
 
   // What was not asked for has no elements.

@@ -252,9 +252,10 @@ void forward_images(const Conv2dForward<T>& step, int64_t begin, int64_t end) {
       convolve<T, kVectors>(
           shape, plane, step.weight.values + kernel * step.weight.size.taps(), step.weight, x,
           nullptr, T(0), y);
-      fill_halo(shape, plane, padded, y);
       const T* bias = step.bias == nullptr ? nullptr : step.bias + group * width;
       store_image(shape, plane, padded, y, bias, step.z + at);
+      if (step.residual == nullptr) continue;
+      fill_halo(shape, plane, padded, y);
       convolve<T, kVectors>(
           shape, plane, step.inverse.values + kernel * step.inverse.size.taps(), step.inverse, y, x,
           T(-1), e);
@@ -307,12 +308,12 @@ void backward_images(
             store_image<T>(shape, plane, padded, own_r, nullptr, step.grad_x + at);
         }
         if (step.want_weight) {
-          if (penalty)
+          if (step.pulls_weight)
             convolve<T, kVectors>(
                 shape, plane, step.inverse_flipped.values + kernel * taps_r, step.inverse_flipped,
-                pull, dz, T(0.5), own_w);
+                pull, dz, step.data_share, own_w);
           else
-            for (int64_t i = 0; i < volume; ++i) own_w[i] = T(0.5) * dz[i];
+            for (int64_t i = 0; i < volume; ++i) own_w[i] = step.data_share * dz[i];
           load_image<T>(shape, plane, padded, step.x + at, T(1), nullptr, x + k * volume);
         }
         if (step.want_inverse) {

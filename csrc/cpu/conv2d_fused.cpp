@@ -34,11 +34,12 @@ template <typename T>
 struct Packed {
   Packed(
       const Conv2dPath<T>& path, const Conv2dShape& shape, const Plane& plane, const Tensor& kernel,
-      KernelSize size, bool flipped)
+      KernelSize size, bool flipped, double scale = 1)
       : size(size),
         values(path.packed_size(shape, size.taps())),
         offsets(tap_offsets(shape, plane, size)) {
     path.pack(shape, plane, kernel.const_data_ptr<T>(), size.taps(), flipped, values.data());
+    for (T& value : values) value *= static_cast<T>(scale);
   }
   PackedKernel<T> view() const { return {values.data(), offsets.data(), size}; }
 
@@ -64,8 +65,10 @@ int64_t part_count(int64_t batch, int64_t elements) {
 
 ForwardStep fused::forward(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
-    const Geometry& geometry) {
-  Tensor z = pooled_empty(x.sizes(), x.options()), residual = pooled_empty(x.sizes(), x.options());
+    const Geometry& geometry, bool reconstruct) {
+  Tensor z = pooled_empty(x.sizes(), x.options());
+  Tensor residual =
+      reconstruct ? pooled_empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   Tensor recon = at::empty({x.size(0)}, x.options());
   const Conv2dShape shape = shape_of(x, weight, weight_inv, geometry);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "snf_conv2d_forward", [&] {
@@ -81,7 +84,7 @@ ForwardStep fused::forward(
         x.const_data_ptr<scalar_t>(),
         data_or_null<scalar_t>(bias),
         z.mutable_data_ptr<scalar_t>(),
-        residual.mutable_data_ptr<scalar_t>(),
+        reconstruct ? residual.mutable_data_ptr<scalar_t>() : nullptr,
         recon.mutable_data_ptr<scalar_t>()};
     at::parallel_for(
         0, x.size(0), 1, [&](int64_t begin, int64_t end) { path.forward(step, begin, end); });
@@ -90,9 +93,10 @@ ForwardStep fused::forward(
 }
 
 BackwardStep fused::backward(
-    const Tensor& grad_z, const OptionalTensor& grad_recon, const Tensor& x, const Tensor& z,
-    const Tensor& residual, const Tensor& weight, const Tensor& weight_inv,
-    const OptionalTensor& bias, const Geometry& geometry, std::array<bool, 4> mask) {
+    const Tensor& grad_z, const OptionalTensor& grad_recon, const Tensor& x,
+    const OptionalTensor& z, const OptionalTensor& residual, const Tensor& weight,
+    const Tensor& weight_inv, const OptionalTensor& bias, const Geometry& geometry,
+    const Shares& shares, std::array<bool, 4> mask) {
   const int64_t batch = x.size(0);
   const Conv2dShape shape = shape_of(x, weight, weight_inv, geometry);
   const auto allocate = [&](bool wanted, at::IntArrayRef size) {
@@ -104,7 +108,9 @@ BackwardStep fused::backward(
     const Plane plane(shape);
     const Conv2dPath<scalar_t>& path = conv2d_path<scalar_t>(shape, plane);
     const Packed<scalar_t> packed_w(path, shape, plane, weight, shape.weight, true);
-    const Packed<scalar_t> packed_r(path, shape, plane, weight_inv, shape.inverse, true);
+    // R is used for the penalty's pull on W alone: scaled, it gives any share of that.
+    const Packed<scalar_t> packed_r(
+        path, shape, plane, weight_inv, shape.inverse, true, shares.penalty);
     const Conv2dBackward<scalar_t> step = {
         shape,
         plane,
@@ -113,12 +119,14 @@ BackwardStep fused::backward(
         grad_z.const_data_ptr<scalar_t>(),
         data_or_null<scalar_t>(grad_recon),
         x.const_data_ptr<scalar_t>(),
-        z.const_data_ptr<scalar_t>(),
+        data_or_null<scalar_t>(z),
         data_or_null<scalar_t>(bias),
-        residual.const_data_ptr<scalar_t>(),
+        data_or_null<scalar_t>(residual),
         mask[0] ? dx.mutable_data_ptr<scalar_t>() : nullptr,
+        static_cast<scalar_t>(shares.data),
         mask[1],
-        mask[2]};
+        mask[2],
+        mask[1] && grad_recon && shares.penalty != 0};
     const int64_t size_w = mask[1] ? path.gradient_size(shape, shape.weight.taps()) : 0;
     const int64_t size_r = mask[2] ? path.gradient_size(shape, shape.inverse.taps()) : 0;
     const int64_t size = size_w + size_r;

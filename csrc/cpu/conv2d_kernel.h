@@ -56,8 +56,8 @@ struct Conv2dForward {
   const T* x;
   const T* bias;  // may be null
   T* z;
-  T* residual;
-  T* recon;  // one number an image
+  T* residual;  // may be null: nothing is reconstructed
+  T* recon;     // one number an image
 };
 
 template <typename T>
@@ -68,11 +68,13 @@ struct Conv2dBackward {
   const T* grad_z;
   const T* grad_recon;  // may be null: no gradient through recon
   const T* x;
-  const T* z;
-  const T* bias;  // may be null
-  const T* residual;
-  T* grad_x;  // may be null
+  const T* z;         // may be null unless the inverse's gradient is wanted
+  const T* bias;      // may be null
+  const T* residual;  // may be null without grad_recon
+  T* grad_x;          // may be null
+  T data_share;       // of the gradient through z, for the weight
   bool want_weight, want_inverse;
+  bool pulls_weight;  // whether the gradient of recon reaches the weight
 };
 
 // Scratch memory of one thread, kept between calls: fresh pages cost more than the arithmetic.

@@ -321,8 +321,10 @@ void forward(const Conv2dForward<T>& step, int64_t begin, int64_t end) {
     const int64_t at = image * image_size;
     load_image<T>(shape, plane, step.x + at, T(1), nullptr, x);
     convolve<T>(shape, plane, step.weight, x, nullptr, T(0), y);
-    fill_halo(shape, plane, y);
     store_image(shape, plane, y, step.bias, step.z + at);
+    step.recon[image] = T(0);
+    if (step.residual == nullptr) continue;
+    fill_halo(shape, plane, y);
     convolve<T>(shape, plane, step.inverse, y, x, T(-1), e);
     store_image<T>(shape, plane, e, nullptr, step.residual + at);
     step.recon[image] = sum_of_squares(step.residual + at, image_size);
@@ -362,10 +364,10 @@ void backward(
         if (step.grad_x != nullptr) store_image<T>(shape, plane, dx, nullptr, step.grad_x + at);
       }
       if (step.want_weight) {
-        if (penalty)
-          convolve<T>(shape, plane, step.inverse_flipped, pull, dz, T(0.5), own_w);
+        if (step.pulls_weight)
+          convolve<T>(shape, plane, step.inverse_flipped, pull, dz, step.data_share, own_w);
         else
-          for (int64_t i = 0; i < volume; ++i) own_w[i] = T(0.5) * dz[i];
+          for (int64_t i = 0; i < volume; ++i) own_w[i] = step.data_share * dz[i];
         clear_gaps(shape, plane, own_w);
         load_image<T>(shape, plane, step.x + at, T(1), nullptr, x + k * volume);
       }

@@ -9,6 +9,11 @@
 
 namespace snf {
 
+// What the forward weight takes of the gradient through z, and of the penalty's.
+struct Shares {
+  double data, penalty;
+};
+
 using ForwardStep = std::tuple<at::Tensor, at::Tensor, at::Tensor>;   // z, recon, residual
 using BackwardStep = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dW, dR
 
@@ -16,12 +21,12 @@ using BackwardStep = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dW,
   namespace name {                                                                        \
   ForwardStep forward(                                                                    \
       const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_inv,        \
-      const OptionalTensor& bias, const Geometry& geometry);                              \
+      const OptionalTensor& bias, const Geometry& geometry, bool reconstruct);            \
   BackwardStep backward(                                                                  \
       const at::Tensor& grad_z, const OptionalTensor& grad_recon, const at::Tensor& x,    \
-      const at::Tensor& z, const at::Tensor& residual, const at::Tensor& weight,          \
+      const OptionalTensor& z, const OptionalTensor& residual, const at::Tensor& weight,  \
       const at::Tensor& weight_inv, const OptionalTensor& bias, const Geometry& geometry, \
-      std::array<bool, 4> mask);                                                          \
+      const Shares& shares, std::array<bool, 4> mask);                                    \
   }
 
 SNF_DECLARE_STEPS(fused)  // own kernels, everything of an image while it is in the cache

@@ -17,28 +17,34 @@ Tensor per_channel(const Tensor& numbers) { return numbers.view({1, -1, 1, 1}); 
 
 ForwardStep stock::forward(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
-    const Geometry& geometry) {
+    const Geometry& geometry, bool reconstruct) {
   Tensor z = convolve(x, weight, geometry);
-  const Tensor residual = convolve(z, weight_inv, geometry).sub_(x);
+  Tensor residual = at::empty({0}, x.options()), recon = at::zeros({x.size(0)}, x.options());
+  if (reconstruct) {
+    residual = convolve(z, weight_inv, geometry).sub_(x);
+    recon = residual.square().sum({1, 2, 3});
+  }
   if (bias) z.add_(per_channel(*bias));
-  return {z, residual.square().sum({1, 2, 3}), residual};
+  return {z, recon, residual};
 }
 
 BackwardStep stock::backward(
-    const Tensor& grad_z, const OptionalTensor& grad_recon, const Tensor& x, const Tensor& z,
-    const Tensor& residual, const Tensor& weight, const Tensor& weight_inv,
-    const OptionalTensor& bias, const Geometry& geometry, std::array<bool, 4> mask) {
+    const Tensor& grad_z, const OptionalTensor& grad_recon, const Tensor& x,
+    const OptionalTensor& z, const OptionalTensor& residual, const Tensor& weight,
+    const Tensor& weight_inv, const OptionalTensor& bias, const Geometry& geometry,
+    const Shares& shares, std::array<bool, 4> mask) {
   Tensor dx, dw, dr, pull;
-  if (grad_recon) pull = residual * per_image(grad_recon->mul(2));
+  if (grad_recon) pull = *residual * per_image(grad_recon->mul(2));
   if (mask[0] || mask[2]) dx = convolve(grad_z, flipped(weight, geometry), geometry);
   if (mask[1]) {
-    Tensor delta = grad_z * 0.5;
-    if (grad_recon) delta.add_(convolve(pull, flipped(weight_inv, geometry), geometry));
+    Tensor delta = grad_z * shares.data;
+    if (grad_recon && shares.penalty != 0)
+      delta.add_(convolve(pull, flipped(weight_inv, geometry), geometry), shares.penalty);
     dw = weight_gradient(delta, x, weight, geometry);
   }
   if (mask[2]) {
     const Tensor delta = grad_recon ? pull.sub_(dx, 0.5) : dx * -0.5;
-    dr = weight_gradient(delta, bias ? z - per_channel(*bias) : z, weight_inv, geometry);
+    dr = weight_gradient(delta, bias ? *z - per_channel(*bias) : *z, weight_inv, geometry);
   }
   return {dx, dw, dr};
 }

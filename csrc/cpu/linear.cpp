@@ -1,4 +1,5 @@
-// snf_linear on the CPU: six matrix products and a few passes over the batch.
+// snf_linear on the CPU: six matrix products (three without a reconstruction) and a few passes over
+// the batch.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -134,51 +135,61 @@ void fill_deltas(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias) {
+    const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
+    bool reconstruct) {
   check_linear(x, weight, weight_inv, bias);
   const WithoutAutocast full_precision;
   const Tensor flat = rows(x, weight.size(0));
   Tensor z = product(flat, wide(weight).t());
-  Tensor residual = pooled_empty(flat.sizes(), flat.options());
-  at::addmm_out(residual, flat, z, wide(weight_inv).t(), /*beta=*/-1);
-  Tensor recon = at::empty({flat.size(0)}, flat.options());
-  if (bias) z.add_(*bias);
-  AT_DISPATCH_FLOATING_TYPES(flat.scalar_type(), "snf_linear_forward", [&] {
-    row_sums_of_squares<scalar_t>(residual, recon);
-  });
   const auto batch = x.sizes().slice(0, x.dim() - 1);
+  Tensor residual = at::empty({0}, flat.options()), recon = at::zeros(batch, flat.options());
+  if (reconstruct) {
+    residual = pooled_empty(flat.sizes(), flat.options());
+    at::addmm_out(residual, flat, z, wide(weight_inv).t(), /*beta=*/-1);
+    AT_DISPATCH_FLOATING_TYPES(flat.scalar_type(), "snf_linear_forward", [&] {
+      row_sums_of_squares<scalar_t>(residual, recon);
+    });
+    residual = residual.view(x.sizes());
+  }
+  if (bias) z.add_(*bias);
   return {
-      z.to(x.scalar_type()).view(x.sizes()), at::zeros(batch, recon.options()), recon.view(batch),
-      residual.view(x.sizes())};
+      z.to(x.scalar_type()).view(x.sizes()), at::zeros(batch, recon.options()), recon, residual};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_z, const OptionalTensor& grad_log_det, const OptionalTensor& grad_recon,
-    const Tensor& x, const Tensor& z, const Tensor& residual, const Tensor& weight,
-    const Tensor& weight_inv, const OptionalTensor& bias, std::array<bool, 4> mask) {
+    const Tensor& x, const OptionalTensor& z, const OptionalTensor& residual, const Tensor& weight,
+    const Tensor& weight_inv, const OptionalTensor& bias, double penalty_share,
+    std::array<bool, 4> mask) {
   const WithoutAutocast full_precision;
+  const bool reconstructs = z && residual;
+  mask[2] = mask[2] && reconstructs;
   const int64_t features = weight.size(0);
   const Tensor dz = rows(grad_z, features), flat = rows(x, features);
   const Tensor w = wide(weight), r = wide(weight_inv);
-  const double half_total = 0.5 * total(grad_log_det);
+  // Two weights share the gradient through z and log_det, or the forward one has all of it.
+  const double share = reconstructs ? 0.5 : 1.0, term = share * total(grad_log_det);
   const auto type = x.scalar_type();
   Tensor dx, dw, dr, dc;
   if (mask[0] || mask[2]) dx = product(dz, w);
-  if (grad_recon) {
+  if (grad_recon && reconstructs && (mask[2] || penalty_share != 0)) {
     const auto like = [&] { return pooled_empty(dz.sizes(), dz.options()); };
-    const Tensor out = rows(z, features), e = residual.view({-1, features});
+    const Tensor out = rows(*z, features), e = residual->view({-1, features});
     Deltas deltas = {like(), like(), bias ? like() : out};
     AT_DISPATCH_FLOATING_TYPES(dz.scalar_type(), "snf_linear_backward", [&] {
       fill_deltas<scalar_t>(
           dz, *per_sample(grad_recon, dz.scalar_type()), e, out, wide(bias), deltas);
     });
-    if (mask[1]) dw = weight_gradient(deltas.weight.addmm_(deltas.pull, r), flat, half_total, r);
-    if (mask[2]) dr = weight_gradient(deltas.pull.sub_(dx, 0.5), deltas.y, -half_total, w);
+    if (mask[1]) {
+      if (penalty_share != 0) deltas.weight.addmm_(deltas.pull, r, /*beta=*/1, penalty_share);
+      dw = weight_gradient(deltas.weight, flat, term, r);
+    }
+    if (mask[2]) dr = weight_gradient(deltas.pull.sub_(dx, 0.5), deltas.y, -term, w);
   } else {
-    if (mask[1]) dw = weight_gradient(dz * 0.5, flat, half_total, r);
+    if (mask[1]) dw = weight_gradient(reconstructs ? dz * share : dz, flat, term, r);
     if (mask[2]) {
-      const Tensor out = rows(z, features);
-      dr = weight_gradient(dx * -0.5, bias ? out - wide(*bias) : out, -half_total, w);
+      const Tensor out = rows(*z, features);
+      dr = weight_gradient(dx * -0.5, bias ? out - wide(*bias) : out, -term, w);
     }
   }
   if (mask[3]) dc = dz.sum(0);

@@ -37,17 +37,18 @@ void conv2d_forward(
     const ConvShape& shape, const ConvForwardPlan& plan, const ConvForwardArguments<T>& a,
     cudaStream_t stream) {
   const int tiles = plan.tiles.count();
+  const bool sums_tiles = tiles > 1 && a.residual != nullptr;
   const ConvForward<T> p = {plan,         geometry(shape),
                             a.x,          a.weight,
                             a.weight_inv, a.bias,
                             a.z,          a.residual,
-                            a.log_det,    tiles == 1 ? a.recon : a.workspace};
+                            a.log_det,    sums_tiles ? a.workspace : a.recon};
   const auto kernel =
       plan.block == kChannelBlock ? conv2d_forward<kChannelBlock, T> : conv2d_forward<1, T>;
   launch(
       "conv2d_forward", kernel, shape.batch * tiles, plan.threads, bytes(plan.shared_floats),
       stream, p);
-  if (tiles > 1) row_sums<float>(a.workspace, tiles, a.recon, shape.batch, stream);
+  if (sums_tiles) row_sums<float>(a.workspace, tiles, a.recon, shape.batch, stream);
 }
 
 template <typename T>
@@ -73,7 +74,9 @@ void conv2d_backward(
       reduces ? a.workspace : nullptr,
       wants_weight,
       wants_inverse,
-      wants_bias};
+      wants_bias,
+      a.data_share,
+      a.penalty_share};
   const auto kernel =
       plan.block == kChannelBlock ? conv2d_backward<kChannelBlock, T> : conv2d_backward<1, T>;
   launch(
@@ -81,7 +84,7 @@ void conv2d_backward(
   if (!reduces) return;
   finish<T>(
       {geometry(shape),
-       {{plan.weight, plan.block, shape.weight_inv, a.weight_inv, a.grad_weight, 0.5f},
+       {{plan.weight, plan.block, shape.weight_inv, a.weight_inv, a.grad_weight, a.data_share},
         {plan.weight_inv, plan.block, shape.weight, a.weight, a.grad_weight_inv, -0.5f}},
        a.grad_bias,
        a.workspace,
@@ -105,7 +108,7 @@ void conv2d_inverse_term(
   };
   finish<T>(
       {geometry(shape),
-       {{order(shape.weight), 1, shape.weight_inv, a.weight_inv, a.grad_weight, 0.5f},
+       {{order(shape.weight), 1, shape.weight_inv, a.weight_inv, a.grad_weight, a.data_share},
         {order(shape.weight_inv), 1, shape.weight, a.weight, a.grad_weight_inv, -0.5f}},
        nullptr,
        a.gradients,

@@ -280,12 +280,13 @@ struct ConvForward {
   ConvGeometry geometry;
   const T *x, *weight, *weight_inv, *bias;  // bias may be null
   T* z;
-  float *residual, *log_det, *recon;  // recon: one number a tile
+  float *residual, *log_det, *recon;  // residual may be null; recon: one number a tile
 };
 
-// A block owns a tile of one image (all of it where it fits) and all channels: z = y + bias,
-// residual = R y - x, and the tile's sum of its squares. Reads x and the weights once, writes
-// z and the residual once. y around the tile is computed again by the neighbours.
+// A block owns a tile of one image (all of it where it fits) and all channels: z = y + bias, and
+// where a residual is wanted residual = R y - x and the tile's sum of its squares. Reads x and the
+// weights once, writes z and the residual once. y around the tile is computed again by the
+// neighbours.
 template <int kBlock, typename T>
 __global__ void __launch_bounds__(kMaxThreads, 1) conv2d_forward(const ConvForward<T> p) {
   const ConvForwardPlan& plan = p.plan;
@@ -310,7 +311,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) conv2d_forward(const ConvForwa
   float* const scratch = shared_memory() + plan.scratch;
 
   lay_down<kBlock, false>(plan.by_weight, g, p.weight, plan.weight_pitch);
-  lay_down<kBlock, false>(plan.by_inverse, g, p.weight_inv, plan.weight_pitch);
+  if (p.residual != nullptr)
+    lay_down<kBlock, false>(plan.by_inverse, g, p.weight_inv, plan.weight_pitch);
   fill(x, g, [&](int at, int) { return widen(x_image[at]); });
   for (int n = threadIdx.x; n < g.channels * plan.y.stride; n += blockDim.x) y.data[n] = 0.0f;
 
@@ -326,6 +328,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) conv2d_forward(const ConvForwa
         store(p.z + offset + (channel * g.height + at_row) * g.width + at_column, value + bias);
       });
 
+  if (p.residual == nullptr) {  // recon has one number an image
+    if (tile == 0 && threadIdx.x == 0) p.recon[image] = p.log_det[image] = 0;
+    return;
+  }
   float squares = 0;
   convolve<kBlock, false>(
       plan.by_inverse, g, y, row, column, p.weight_inv, plan.weight_pitch, scratch,
@@ -454,18 +460,19 @@ struct ConvBackward {
   ConvBackwardPlan plan;
   ConvGeometry geometry;
   int64_t units;                                         // tiles of all images
-  const T *grad_z, *x, *z, *weight, *weight_inv, *bias;  // bias may be null
-  const float *grad_recon, *residual;                    // grad_recon may be null: no penalty
+  const T *grad_z, *x, *z, *weight, *weight_inv, *bias;  // bias may be null, and z if not needed
+  const float *grad_recon, *residual;                    // may be null: no penalty
   T* grad_x;                                             // null where it is not wanted
   float* partials;  // a row a block: both weight gradients and the bias's; null if none is wanted
   bool wants_weight, wants_weight_inv, wants_bias;
+  float data_share, penalty_share;
 };
 
 // A block owns one tile of one image after the other, all channels, and a row of partial sums. In
 // shared memory: grad_z and 2 q e with the margins of the transposed convolutions, from which
-// delta_w = grad_z / 2 + R'(2 q e) and delta_r = 2 q e - grad_x / 2, both merged before the weight
-// gradients, and x and y = z - bias with the margins of those. Nothing but grad_x and the partial
-// sums is written.
+// delta_w = data_share grad_z + penalty_share R'(2 q e) and delta_r = 2 q e - grad_x / 2, both
+// merged before the weight gradients, and x and y = z - bias with the margins of those. Nothing but
+// grad_x and the partial sums is written.
 template <int kBlock, typename T>
 __global__ void __launch_bounds__(kMaxThreads, 1) conv2d_backward(const ConvBackward<T> p) {
   const ConvBackwardPlan& plan = p.plan;
@@ -478,6 +485,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) conv2d_backward(const ConvBack
           ? nullptr
           : p.partials + int64_t{blockIdx.x} * (outputs_w + outputs_r + g.channels);
   const bool penalty = p.grad_recon != nullptr;
+  const bool pulls_weight = p.wants_weight && penalty && p.penalty_share != 0;
 
   Plane grad = {shared_memory(), plan.by_weight_plane, 0, 0};
   Plane x = {grad.data + g.channels * grad.shape.stride, plan.by_weight_plane, 0, 0};
@@ -487,8 +495,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) conv2d_backward(const ConvBack
   float* const scratch = shared_memory() + plan.scratch;
   const bool wants_delta_r = p.grad_x != nullptr || p.wants_weight_inv;
   if (wants_delta_r) lay_down<kBlock, true>(plan.by_weight, g, p.weight, plan.weight_pitch);
-  if (p.wants_weight && penalty)
-    lay_down<kBlock, true>(plan.by_inverse, g, p.weight_inv, plan.weight_pitch);
+  if (pulls_weight) lay_down<kBlock, true>(plan.by_inverse, g, p.weight_inv, plan.weight_pitch);
 
   bool add = false;
   for (int64_t unit = blockIdx.x; unit < p.units; unit += gridDim.x, add = true) {
@@ -506,18 +513,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1) conv2d_backward(const ConvBack
     delta_r.column = column;
 
     const int64_t offset = image * g.channels * g.pixels();
-    const T *const grad_z = p.grad_z + offset, *const x_image = p.x + offset,
-                   *const z_image = p.z + offset;
-    const float* const residual = p.residual + offset;
+    const T *const grad_z = p.grad_z + offset, *const x_image = p.x + offset;
     const float twice_q = penalty ? 2 * p.grad_recon[image] : 0.0f;
     __syncthreads();  // the planes of the last unit are no longer needed
     fill(grad, g, [&](int at, int) { return widen(grad_z[at]); });
-    if (penalty) fill(pull, g, [&](int at, int) { return twice_q * residual[at]; });
+    if (penalty) fill(pull, g, [&](int at, int) { return twice_q * p.residual[offset + at]; });
     if (p.wants_weight) fill(x, g, [&](int at, int) { return widen(x_image[at]); });
     if (p.wants_weight_inv)
       fill(y, g, [&](int at, int channel) {
         const float bias = p.bias == nullptr ? 0.0f : widen(p.bias[channel]);
-        return widen(z_image[at]) - bias;
+        return widen(p.z[offset + at]) - bias;
       });
     __syncthreads();
 
@@ -549,10 +554,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) conv2d_backward(const ConvBack
     const auto merge = [&](int channel, int at_row, int at_column, float value) {
       if (at_row - row >= valid.rows || at_column - column >= valid.columns) return;
       float* const here = grad.at(channel, at_row, at_column);
-      *here = 0.5f * *here + value;
+      *here = p.data_share * *here + p.penalty_share * value;
     };
     if (p.wants_weight) {
-      if (penalty) {
+      if (pulls_weight) {
         convolve<kBlock, true>(
             plan.by_inverse, g, pull, row, column, p.weight_inv, plan.weight_pitch, scratch, merge);
       } else {

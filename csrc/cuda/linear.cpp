@@ -1,5 +1,5 @@
-// snf_linear on CUDA: six products by the vendor's library, and one element-wise kernel in forward
-// and one in backward.
+// snf_linear on CUDA: six products by the vendor's library (three without a reconstruction), and
+// one element-wise kernel in forward and one in backward.
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
@@ -23,7 +23,8 @@ int as_int(int64_t features) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias) {
+    const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
+    bool reconstruct) {
   check_linear(x, weight, weight_inv, bias);
   const OnDeviceOf device(x);
   const WithoutAutocast full_precision;
@@ -31,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const int features = as_int(weight.size(0));
   const Tensor own = x.contiguous(), flat = rows(own, features);
   const Tensor y = at::mm(flat, wide(weight).t());
-  const Tensor residual = at::mm(y, wide(weight_inv).t());
+  const Tensor residual = reconstruct ? at::mm(y, wide(weight_inv).t()) : Tensor();
   const Tensor z = y.scalar_type() == x.scalar_type() ? y : at::empty(flat.sizes(), x.options());
   const Tensor log_det = per_row(x, flat.size(0)), recon = per_row(x, flat.size(0));
   const OptionalTensor c = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
@@ -44,35 +45,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
         at::cuda::getCurrentCUDAStream());
   });
   const auto batch = x.sizes().slice(0, x.dim() - 1);
-  return {z.view(x.sizes()), log_det.view(batch), recon.view(batch), residual.view(x.sizes())};
+  return {
+      z.view(x.sizes()), log_det.view(batch), recon.view(batch),
+      reconstruct ? residual.view(x.sizes()) : at::empty({0}, y.options())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_z, const OptionalTensor& grad_log_det, const OptionalTensor& grad_recon,
-    const Tensor& x, const Tensor& z, const Tensor& residual, const Tensor& weight,
-    const Tensor& weight_inv, const OptionalTensor& bias, std::array<bool, 4> mask) {
+    const Tensor& x, const OptionalTensor& z, const OptionalTensor& residual, const Tensor& weight,
+    const Tensor& weight_inv, const OptionalTensor& bias, double penalty_share,
+    std::array<bool, 4> mask) {
   const OnDeviceOf device(x);
   const WithoutAutocast full_precision;
   const int features = as_int(weight.size(0));
   const Tensor own_grad = grad_z.contiguous(), dz = rows(own_grad, features);
   const Tensor w = wide(weight), r = wide(weight_inv);
   const auto options = dz.options();
-  const bool penalty = grad_recon.has_value(), term = grad_log_det.has_value();
+  const bool reconstructs = z && residual, term = grad_log_det.has_value();
+  mask[2] = mask[2] && reconstructs;
+  // Unless nobody asks for the penalty's gradient, or nobody takes it.
+  const bool penalty = grad_recon && reconstructs && (mask[2] || penalty_share != 0);
+  const bool pulls_weight = mask[1] && penalty && penalty_share != 0;
+  // Two weights share the gradient through z and log_det, or the forward one has all of it.
+  const float share = reconstructs ? 0.5f : 1.0f;
   const OptionalTensor g = per_sample(grad_log_det, dz.scalar_type());
-  const OptionalTensor q = per_sample(grad_recon, dz.scalar_type());
+  const OptionalTensor q = per_sample(penalty ? grad_recon : std::nullopt, dz.scalar_type());
 
   const Tensor dx = mask[0] || mask[2] ? at::mm(dz, w) : Tensor();
   // With neither bias nor half precision, z is y.
-  const Tensor own_z = z.contiguous();
-  const bool z_is_y = !bias && z.scalar_type() == dz.scalar_type();
-  Tensor half = empty_if(mask[1], dz.sizes(), options);
-  const Tensor pull = empty_if(mask[1] && penalty, dz.sizes(), options);
+  const Tensor own_z = mask[2] ? z->contiguous() : Tensor();
+  const bool z_is_y = mask[2] && !bias && own_z.scalar_type() == dz.scalar_type();
+  const bool halves = mask[1] && reconstructs;
+  Tensor delta_w = halves ? at::empty(dz.sizes(), options) : dz;
+  const Tensor pull = empty_if(pulls_weight, dz.sizes(), options);
   const Tensor delta = empty_if(mask[2], dz.sizes(), options);
   const Tensor y = z_is_y ? own_z.view(dz.sizes()) : empty_if(mask[2], dz.sizes(), options);
   Tensor dw = empty_if(mask[1], w.sizes(), options), dr = empty_if(mask[2], r.sizes(), options);
   const Tensor dc = empty_if(mask[3], {features}, x.options());
-  const Tensor own_w = weight.contiguous(), own_r = weight_inv.contiguous(),
-               e = residual.contiguous();
+  const Tensor own_w = weight.contiguous(), own_r = weight_inv.contiguous();
+  const OptionalTensor e = penalty ? OptionalTensor(residual->contiguous()) : std::nullopt;
   const OptionalTensor c = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
   SNF_DISPATCH_KERNEL_TYPES(x.scalar_type(), "snf_linear_backward", [&] {
     using W = Wide<T>;
@@ -84,12 +95,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
          in<W>(q),
          in<W>(g),
          in<W>(dx),
-         out<W>(half),
+         halves ? out<W>(delta_w) : nullptr,
          out<W>(pull),
          out<W>(delta),
          z_is_y ? nullptr : out<W>(y),
-         {{in<T>(own_r), term ? out<W>(dw) : nullptr, 0.5f},
-          {in<T>(own_w), term ? out<W>(dr) : nullptr, -0.5f}},
+         {{in<T>(own_r), term ? out<W>(dw) : nullptr, share},
+          {in<T>(own_w), term ? out<W>(dr) : nullptr, -share}},
          out<T>(dc),
          dz.size(0),
          features,
@@ -104,8 +115,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       at::mm_out(sum, left.t(), right);
   };
   if (mask[1]) {
-    if (penalty) half.addmm_(pull, r);
-    add_product(dw, half, rows(x, features));
+    if (pulls_weight) delta_w.addmm_(pull, r, /*beta=*/1, penalty_share);
+    add_product(dw, delta_w, rows(x, features));
   }
   if (mask[2]) add_product(dr, delta, y);
   return {

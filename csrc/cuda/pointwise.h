@@ -15,8 +15,8 @@ namespace snf {
 constexpr int kRowPart = 8192;
 
 // residual = reconstruction - x, z = y + bias, recon = row sums of residual^2, log_det = 0 (its
-// value in training). Outputs may lie in the place of inputs of their type: z over y, residual over
-// reconstruction.
+// value in training). Without a reconstruction there is no residual and recon is 0. Outputs may lie
+// in the place of inputs of their type: z over y, residual over reconstruction.
 template <typename T>
 struct ResidualArguments {
   const Wide<T>*reconstruction, *y;

@@ -21,7 +21,8 @@ struct RowPart {
   }
 };
 
-// A block owns a part of a row: residual = R y - x, z = y + bias, and its share of recon.
+// A block owns a part of a row: residual = R y - x if there is R y, z = y + bias, and its share of
+// recon.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 4)
     residual_step(const ResidualArguments<T> p, Divider period, int parts, Wide<T>* recon) {
@@ -30,9 +31,11 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   const int64_t offset = part.row * p.columns;
   W squares = 0;
   for (int i = part.begin + static_cast<int>(threadIdx.x); i < part.end; i += kRowThreads) {
-    const W error = p.reconstruction[offset + i] - widen(p.x[offset + i]);
-    p.residual[offset + i] = error;
-    squares += error * error;
+    if (p.reconstruction != nullptr) {
+      const W error = p.reconstruction[offset + i] - widen(p.x[offset + i]);
+      p.residual[offset + i] = error;
+      squares += error * error;
+    }
     const W bias = p.bias == nullptr ? W(0) : widen(p.bias[period(i)]);
     store(p.z + offset + i, p.y[offset + i] + bias);
   }

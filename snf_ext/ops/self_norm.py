@@ -19,12 +19,18 @@ from ..reference.checks import check_conv2d, check_linear
 
 
 def snf_linear(
-    x: Tensor, weight: Tensor, weight_inv: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    weight_inv: Tensor,
+    bias: Tensor | None = None,
+    reconstruct: bool = True,
+    penalty_share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`snf_ext.reference.snf_linear` on the backend in use."""
+    arguments = (x, weight, weight_inv, bias, reconstruct, penalty_share)
     if runs_native(x.device):
-        return torch.ops.snf_ext.snf_linear(x, weight, weight_inv, bias)
-    return reference.snf_linear(x, weight, weight_inv, bias)
+        return torch.ops.snf_ext.snf_linear(*arguments)
+    return reference.snf_linear(*arguments)
 
 
 def snf_conv2d(
@@ -35,11 +41,14 @@ def snf_conv2d(
     dilation: int = 1,
     groups: int = 1,
     circular: bool = False,
+    reconstruct: bool = True,
+    penalty_share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`snf_ext.reference.snf_conv2d` on the backend in use."""
+    arguments = (x, weight, weight_inv, bias, dilation, groups, circular)
     if runs_native(x.device):
-        return torch.ops.snf_ext.snf_conv2d(x, weight, weight_inv, bias, dilation, groups, circular)
-    return reference.snf_conv2d(x, weight, weight_inv, bias, dilation, groups, circular)
+        return torch.ops.snf_ext.snf_conv2d(*arguments, reconstruct, penalty_share)
+    return reference.snf_conv2d(*arguments, reconstruct, penalty_share)
 
 
 def conv2d_weight_gradient(
@@ -52,23 +61,21 @@ def conv2d_weight_gradient(
     geometry = (dilation, groups, circular)
     if not runs_native(x.device):
         return convolution.weight_gradient(delta, x, weight, *geometry)
-    # The layer's backward takes half of it. Without a gradient of recon it reads no residual, and z
-    # is only for the gradient of weight_inv: x stands in their places.
+    # The backward of a layer that reconstructs nothing: it keeps neither z nor a residual.
     only_weight = [False, True, False, False]
-    half = torch.ops.snf_ext.snf_conv2d_backward(
-        delta, None, None, x, x, x, weight, weight, None, *geometry, only_weight
+    return torch.ops.snf_ext.snf_conv2d_backward(
+        delta, None, None, x, None, None, weight, weight, None, *geometry, 0.0, only_weight
     )[1]
-    return 2 * half
 
 
-def _fake_forward(x: Tensor, batch: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """z, log_det, recon, residual."""
+def _fake_forward(x: Tensor, batch: tuple[int, ...], reconstruct: bool) -> tuple[Tensor, ...]:
+    """z, log_det, recon, residual; the last has no elements where nothing is reconstructed."""
     wide = wide_dtype(x.dtype)
     return (
         x.new_empty(x.shape),
         x.new_empty(batch, dtype=wide),
         x.new_empty(batch, dtype=wide),
-        x.new_empty(x.shape, dtype=wide),
+        x.new_empty(x.shape if reconstruct else (0,), dtype=wide),
     )
 
 
@@ -85,9 +92,11 @@ def _fake_backward(
 if build_info()["cpp"]:
 
     @torch.library.register_fake("snf_ext::snf_linear_forward")
-    def _(x: Tensor, weight: Tensor, weight_inv: Tensor, bias: Tensor | None) -> Any:
+    def _(
+        x: Tensor, weight: Tensor, weight_inv: Tensor, bias: Tensor | None, reconstruct: bool
+    ) -> Any:
         check_linear(x, weight, weight_inv, bias)
-        return _fake_forward(x, x.shape[:-1])
+        return _fake_forward(x, x.shape[:-1], reconstruct)
 
     @torch.library.register_fake("snf_ext::snf_conv2d_forward")
     def _(
@@ -98,9 +107,10 @@ if build_info()["cpp"]:
         dilation: int,
         groups: int,
         circular: bool,
+        reconstruct: bool,
     ) -> Any:
         check_conv2d(x, weight, weight_inv, bias, dilation, groups)
-        return _fake_forward(x, x.shape[:1])
+        return _fake_forward(x, x.shape[:1], reconstruct)
 
     @torch.library.register_fake("snf_ext::snf_linear_backward")
     @torch.library.register_fake("snf_ext::snf_conv2d_backward")
@@ -109,11 +119,13 @@ if build_info()["cpp"]:
         grad_log_det: Tensor | None,
         grad_recon: Tensor | None,
         x: Tensor,
-        z: Tensor,
-        residual: Tensor,
+        z: Tensor | None,
+        residual: Tensor | None,
         weight: Tensor,
         weight_inv: Tensor,
         bias: Tensor | None,
-        *geometry_and_mask: Any,
+        *geometry_share_and_mask: Any,
     ) -> Any:
-        return _fake_backward(x, weight, weight_inv, geometry_and_mask[-1])
+        mask = list(geometry_share_and_mask[-1])
+        mask[2] = mask[2] and z is not None and residual is not None
+        return _fake_backward(x, weight, weight_inv, mask)

@@ -56,6 +56,12 @@ def check_conv2d(
     _check_alike(x, weight=weight, weight_inv=weight_inv, bias=bias)
 
 
+def check_penalty_share(share: float) -> None:
+    """Raise ValueError unless the share is in [0, 1]."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"penalty_share must be in [0, 1]; got {float(share)}")
+
+
 def _check_floating(x: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor; got {x.dtype}")

@@ -4,11 +4,16 @@ Both layers map ``y = W x``, ``z = y + c`` and reconstruct ``e = R y - x`` by th
 With ``S`` the sum of the gradients of ``log_det`` and ``q`` those of ``recon``, both backwards are
 
     dx = W' dz
-    dW = (dz / 2 + 2 q R'e) x' + S/2 R'          (SNF 10, 17)
+    dW = (dz / 2 + 2 q s R'e) x' + S/2 R'        (SNF 10, 17)
     dR = (2 q e - dx / 2) y' - S/2 W'            (SNF 11, 20)
 
 where a convolution reads products with ``x'`` and ``y'`` as weight gradients, and the last terms as
-``flip(r) * m(w)`` and ``flip(w) * m(r)`` (SNF 15, 16). ``recon`` sends no gradient to x.
+``flip(r) * m(w)`` and ``flip(w) * m(r)`` (SNF 15, 16). ``recon`` sends no gradient to x. In the
+papers W takes all of the penalty's gradient, s = 1.
+
+Without a reconstruction there is no second density to share with, and W has the whole gradient,
+
+    dW = dz x' + S R'
 """
 
 from __future__ import annotations
@@ -20,12 +25,17 @@ from torch import Tensor
 
 from ..bijection import wide_dtype
 from .autocast import widened_under_autocast, without_autocast
-from .checks import check_conv2d, check_linear
+from .checks import check_conv2d, check_linear, check_penalty_share
 from .convolution import convolve, flip, inverse_term, weight_gradient
 
 
 def snf_linear(
-    x: Tensor, weight: Tensor, weight_inv: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    weight_inv: Tensor,
+    bias: Tensor | None = None,
+    reconstruct: bool = True,
+    penalty_share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Self-normalizing linear map ``z = W x + c`` of the last dimension.
 
@@ -34,6 +44,9 @@ def snf_linear(
         weight: W, ``(D, D)``.
         weight_inv: R, the learned inverse, ``(D, D)``.
         bias: c, ``(D,)``.
+        reconstruct: False where the inverse is kept by other means, or nobody asks: recon is
+            zeros without a gradient, R has no gradient and only stands for the inverse in W's.
+        penalty_share: s, how much of recon's gradient W takes; 0 spares a product of backward.
 
     Returns:
         ``(z, log_det, recon)`` of shapes ``(..., D)``, ``(...)``, ``(...)``. The value of
@@ -42,7 +55,8 @@ def snf_linear(
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or device.
 
-    Cost: 2 products of B D^2 forward, 4 backward; keeps x, y and e. Source: SNF 4.1, A.1.
+    Cost: 2 products of B D^2 forward, 4 backward; keeps x, y and e. Without a reconstruction 1 and
+    2; keeps x. Source: SNF 4.1, A.1.
 
     >>> x, eye = torch.randn(2, 3), torch.eye(3)
     >>> z, log_det, recon = snf_linear(x, eye, eye)
@@ -51,12 +65,15 @@ def snf_linear(
     """
     x, weight, weight_inv, bias = widened_under_autocast(x, weight, weight_inv, bias)
     check_linear(x, weight, weight_inv, bias)
+    check_penalty_share(penalty_share)
     batch, wide = x.shape[:-1], wide_dtype(x.dtype)
     z, log_det, recon = _Linear.apply(
         x.reshape(-1, x.shape[-1]).to(wide),
         weight.to(wide),
         weight_inv.to(wide),
         None if bias is None else bias.to(wide),
+        reconstruct,
+        penalty_share,
     )
     return z.to(x.dtype).view(x.shape), log_det.view(batch), recon.view(batch)
 
@@ -69,6 +86,8 @@ def snf_conv2d(
     dilation: int = 1,
     groups: int = 1,
     circular: bool = False,
+    reconstruct: bool = True,
+    penalty_share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Self-normalizing convolution of stride 1 that keeps the image's size.
 
@@ -80,6 +99,9 @@ def snf_conv2d(
         dilation: distance between the taps of both kernels.
         groups: number of channel groups of both kernels.
         circular: wrap the image around instead of padding it with zeros.
+        reconstruct: False where the inverse is kept by other means, or nobody asks: recon is
+            zeros without a gradient, R has no gradient and only stands for the inverse in W's.
+        penalty_share: s, how much of recon's gradient W takes; 0 spares a convolution of backward.
 
     Returns:
         ``(z, log_det, recon)`` of shapes ``(B, C, H, W)``, ``(B,)``, ``(B,)``. The value of
@@ -88,7 +110,8 @@ def snf_conv2d(
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or device.
 
-    Cost: 2 convolutions forward, 4 of the same size backward. Source: SNF 4.2, A.2, A.4.
+    Cost: 2 convolutions forward, 4 of the same size backward; 1 and 2 without a reconstruction.
+    Source: SNF 4.2, A.2, A.4.
 
     >>> x = torch.randn(2, 1, 4, 5)
     >>> dirac = torch.nn.init.dirac_(torch.empty(1, 1, 3, 3))
@@ -98,6 +121,7 @@ def snf_conv2d(
     """
     x, weight, weight_inv, bias = widened_under_autocast(x, weight, weight_inv, bias)
     check_conv2d(x, weight, weight_inv, bias, dilation, groups)
+    check_penalty_share(penalty_share)
     wide = wide_dtype(x.dtype)
     z, log_det, recon = _Conv2d.apply(
         x.to(wide),
@@ -107,6 +131,8 @@ def snf_conv2d(
         dilation,
         groups,
         circular,
+        reconstruct,
+        penalty_share,
     )
     return z.to(x.dtype), log_det, recon
 
@@ -114,21 +140,42 @@ def snf_conv2d(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, weight_inv: Tensor, bias: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        weight_inv: Tensor,
+        bias: Tensor | None,
+        reconstruct: bool,
+        penalty_share: float,
     ) -> Any:
         with without_autocast(x.device):
             y = x @ weight.T
-            e = y @ weight_inv.T - x
-        ctx.save_for_backward(x, weight, weight_inv, y, e)
+            e = y @ weight_inv.T - x if reconstruct else None
         z = y.clone() if bias is None else y + bias
-        return z, x.new_zeros(x.shape[0]), e.square().sum(1)
+        recon = _keep(ctx, x, weight, weight_inv, y, e)
+        ctx.penalty_share = penalty_share
+        return z, x.new_zeros(x.shape[0]), recon
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor, grad_recon: Tensor) -> Any:
         dx, dw, dr = _LinearBackward.apply(
-            grad_z, grad_log_det.sum(), grad_recon, *ctx.saved_tensors
+            grad_z, grad_log_det.sum(), grad_recon, *ctx.saved_tensors, ctx.penalty_share
         )
-        return dx, dw, dr, grad_z.sum(0) if ctx.needs_input_grad[3] else None
+        dc = grad_z.sum(0) if ctx.needs_input_grad[3] else None
+        return dx, dw, dr, dc, None, None
+
+
+def _keep(
+    ctx: Any, x: Tensor, weight: Tensor, weight_inv: Tensor, y: Tensor, e: Tensor | None
+) -> Tensor:
+    """Save what backward needs; return recon."""
+    if e is None:
+        ctx.save_for_backward(x, weight, weight_inv, None, None)
+        recon = x.new_zeros(x.shape[0])
+        ctx.mark_non_differentiable(recon)
+        return recon
+    ctx.save_for_backward(x, weight, weight_inv, y, e)
+    return e.square().sum(tuple(range(1, e.dim())))
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -152,13 +199,19 @@ class _LinearBackward(_OnceDifferentiable):
         x: Tensor,
         weight: Tensor,
         weight_inv: Tensor,
-        y: Tensor,
-        e: Tensor,
+        y: Tensor | None,
+        e: Tensor | None,
+        penalty_share: float,
     ) -> Any:
         with without_autocast(x.device):
-            pull = 2 * grad_recon[:, None] * e
             dx = grad_z @ weight
-            dw = (0.5 * grad_z + pull @ weight_inv).T @ x + 0.5 * total * weight_inv.T
+            if y is None or e is None:
+                return dx, grad_z.T @ x + total * weight_inv.T, None
+            pull = 2 * grad_recon[:, None] * e
+            delta_w = 0.5 * grad_z
+            if penalty_share:
+                delta_w = delta_w + penalty_share * (pull @ weight_inv)
+            dw = delta_w.T @ x + 0.5 * total * weight_inv.T
             dr = (pull - 0.5 * dx).T @ y - 0.5 * total * weight.T
         return dx, dw, dr
 
@@ -174,22 +227,25 @@ class _Conv2d(torch.autograd.Function):
         dilation: int,
         groups: int,
         circular: bool,
+        reconstruct: bool,
+        penalty_share: float,
     ) -> Any:
+        geometry = (dilation, groups, circular)
         with without_autocast(x.device):
-            y = convolve(x, weight, dilation, groups, circular)
-            e = convolve(y, weight_inv, dilation, groups, circular) - x
-        ctx.save_for_backward(x, weight, weight_inv, y, e)
-        ctx.geometry = (dilation, groups, circular)
+            y = convolve(x, weight, *geometry)
+            e = convolve(y, weight_inv, *geometry) - x if reconstruct else None
         z = y.clone() if bias is None else y + bias[:, None, None]
-        return z, x.new_zeros(x.shape[0]), e.square().sum((1, 2, 3))
+        recon = _keep(ctx, x, weight, weight_inv, y, e)
+        ctx.rest = (*geometry, penalty_share)
+        return z, x.new_zeros(x.shape[0]), recon
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor, grad_recon: Tensor) -> Any:
         dx, dw, dr = _Conv2dBackward.apply(
-            grad_z, grad_log_det.sum(), grad_recon, *ctx.saved_tensors, *ctx.geometry
+            grad_z, grad_log_det.sum(), grad_recon, *ctx.saved_tensors, *ctx.rest
         )
         dc = grad_z.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
-        return dx, dw, dr, dc, None, None, None
+        return dx, dw, dr, dc, None, None, None, None, None
 
 
 class _Conv2dBackward(_OnceDifferentiable):
@@ -202,19 +258,25 @@ class _Conv2dBackward(_OnceDifferentiable):
         x: Tensor,
         weight: Tensor,
         weight_inv: Tensor,
-        y: Tensor,
-        e: Tensor,
+        y: Tensor | None,
+        e: Tensor | None,
         dilation: int,
         groups: int,
         circular: bool,
+        penalty_share: float,
     ) -> Any:
         geometry = (dilation, groups, circular)
         with without_autocast(x.device):
-            pull = 2 * grad_recon[:, None, None, None] * e
             dx = convolve(grad_z, flip(weight, groups), *geometry)
-            delta_w = 0.5 * grad_z + convolve(pull, flip(weight_inv, groups), *geometry)
-            dw = weight_gradient(delta_w, x, weight, *geometry)
+            term = total * inverse_term(weight_inv, weight, x.shape[2:], *geometry)
+            if y is None or e is None:
+                return dx, weight_gradient(grad_z, x, weight, *geometry) + term, None
+            pull = 2 * grad_recon[:, None, None, None] * e
+            delta_w = 0.5 * grad_z
+            if penalty_share:
+                pulled = convolve(pull, flip(weight_inv, groups), *geometry)
+                delta_w = delta_w + penalty_share * pulled
+            dw = weight_gradient(delta_w, x, weight, *geometry) + 0.5 * term
             dr = weight_gradient(pull - 0.5 * dx, y, weight_inv, *geometry)
-            dw += 0.5 * total * inverse_term(weight_inv, weight, x.shape[2:], *geometry)
             dr -= 0.5 * total * inverse_term(weight, weight_inv, x.shape[2:], *geometry)
         return dx, dw, dr

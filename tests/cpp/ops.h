@@ -14,22 +14,26 @@ using OptionalTensor = std::optional<Tensor>;
 using Step = std::tuple<Tensor, Tensor, Tensor>;  // z, log_det, recon
 
 inline Step snf_linear(
-    const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias) {
+    const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
+    bool reconstruct = true, double penalty_share = 1) {
+  using Signature =
+      Step(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, bool, double);
   static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("snf_ext::snf_linear", "")
-          .typed<Step(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&)>();
-  return op.call(x, weight, weight_inv, bias);
+      c10::Dispatcher::singleton().findSchemaOrThrow("snf_ext::snf_linear", "").typed<Signature>();
+  return op.call(x, weight, weight_inv, bias, reconstruct, penalty_share);
 }
 
 inline Step snf_conv2d(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,
-    int64_t dilation, int64_t groups, bool circular) {
+    int64_t dilation, int64_t groups, bool circular, bool reconstruct = true,
+    double penalty_share = 1) {
   using Signature = Step(
-      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t, bool);
+      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t, bool,
+      bool, double);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("snf_ext::snf_conv2d", "").typed<Signature>();
-  return op.call(x, weight, weight_inv, bias, dilation, groups, circular);
+  return op.call(
+      x, weight, weight_inv, bias, dilation, groups, circular, reconstruct, penalty_share);
 }
 
 }  // namespace ops

@@ -75,7 +75,8 @@ inline Numbers transposed_times(const Matrix& m, const double* v) {
   return out;
 }
 
-// One step, written out sample by sample from the one equation set.
+// One step, written out sample by sample from the one equation set: the weight takes data_share of
+// the gradients through z and log_det and penalty_share of recon's, the inverse half and all.
 struct Step {
   Numbers z, residual, recon, dx;
   Matrix dW, dR;
@@ -85,6 +86,7 @@ struct Step {
 struct Inputs {
   int batch;
   Numbers x, bias, grad_z, grad_log_det, grad_recon;  // bias: of each feature
+  double data_share = 0.5, penalty_share = 1;
 };
 
 inline Step step(const Matrix& W, const Matrix& R, const Inputs& in) {
@@ -109,7 +111,7 @@ inline Step step(const Matrix& W, const Matrix& R, const Inputs& in) {
       s.dx.push_back(dx[i]);
       s.dbias[i] += dz[i];
       for (int j = 0; j < d; ++j) {
-        s.dW(i, j) += (0.5 * dz[i] + 2 * q * back[i]) * x[j];
+        s.dW(i, j) += (in.data_share * dz[i] + 2 * q * in.penalty_share * back[i]) * x[j];
         s.dR(i, j) += (-0.5 * dx[i] + 2 * q * e[i]) * y[j];
       }
     }
@@ -118,7 +120,7 @@ inline Step step(const Matrix& W, const Matrix& R, const Inputs& in) {
   }
   for (int i = 0; i < d; ++i)
     for (int j = 0; j < d; ++j) {
-      s.dW(i, j) += 0.5 * total * R(j, i);
+      s.dW(i, j) += in.data_share * total * R(j, i);
       s.dR(i, j) -= 0.5 * total * W(j, i);
     }
   return s;

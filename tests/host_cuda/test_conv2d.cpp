@@ -25,6 +25,8 @@ struct Case {
   int threads = 128, shared = 227 * 1024, multiprocessors = 132;
   bool bias = true, penalty = true, log_det = true;
   bool wants[4] = {true, true, true, true};  // gradients of x, weight, inverse, bias
+  bool reconstruct = true;
+  float penalty_share = 1;
 };
 
 std::set<std::string> seen;  // what the plans did, so that the table cannot lose a path unnoticed
@@ -69,6 +71,8 @@ void run(const Case& c, std::mt19937& engine, const char* type) {
       rounded<T>(dense::draw(engine, std::size_t(c.batch) * d)),
       c.log_det ? rounded<float>(dense::draw(engine, c.batch)) : Numbers(c.batch),
       c.penalty ? rounded<float>(dense::draw(engine, c.batch)) : Numbers(c.batch)};
+  in.data_share = c.reconstruct ? 0.5 : 1;
+  in.penalty_share = c.penalty_share;
   for (const double value : bias) in.bias.insert(in.bias.end(), pixels, value);
   const dense::Step truth =
       dense::step(dense::matrix(l, c.weight, weight), dense::matrix(l, c.inverse, inverse), in);
@@ -84,8 +88,9 @@ void run(const Case& c, std::mt19937& engine, const char* type) {
       l.circular};
   const snf::DeviceLimits limits = {c.shared, c.multiprocessors, c.threads};
   host_cuda::device().sharedMemPerBlockOptin = c.shared;
-  const snf::ConvForwardPlan forward = snf::plan_forward(shape, limits);
-  const snf::ConvBackwardPlan backward = snf::plan_backward(shape, limits);
+  const snf::ConvShape planned = c.reconstruct ? shape : snf::without_inverse(shape);
+  const snf::ConvForwardPlan forward = snf::plan_forward(planned, limits);
+  const snf::ConvBackwardPlan backward = snf::plan_backward(planned, limits);
   const std::string name = std::string(type) + " " + std::to_string(c.batch) + "x" +
                            std::to_string(l.channels) + "x" + std::to_string(l.height) + "x" +
                            std::to_string(l.width) + " k" + std::to_string(c.weight.rows) + " r" +
@@ -104,14 +109,18 @@ void run(const Case& c, std::mt19937& engine, const char* type) {
   int64_t before = host_cuda::launches();
   conv2d_forward<T>(
       shape, forward,
-      {x.data(), w.data(), r.data(), c.bias ? b.data() : nullptr, z.data(), residual.data(),
-       log_det.data(), recon.data(), work.data()},
+      {x.data(), w.data(), r.data(), c.bias ? b.data() : nullptr, z.data(),
+       c.reconstruct ? residual.data() : nullptr, log_det.data(), recon.data(), work.data()},
       nullptr);
   expect(host_cuda::launches() - before <= 2, name + "launches of forward");
   const double tolerance = testing::tolerance<T>();
   expect_close(z, truth.z, tolerance, name + "z");
-  expect_close(residual, truth.residual, 2e-4, name + "residual");
-  expect_close(recon, truth.recon, 2e-4, name + "recon");
+  if (c.reconstruct) {
+    expect_close(residual, truth.residual, 2e-4, name + "residual");
+    expect_close(recon, truth.recon, 2e-4, name + "recon");
+  } else {
+    expect(recon == std::vector<float>(c.batch, 0.0f), name + "recon");
+  }
   expect(log_det == std::vector<float>(c.batch, 0.0f), name + "log_det");
 
   // Half precision rounds z, from which backward takes y: start it from the exact z's rounding.
@@ -122,9 +131,10 @@ void run(const Case& c, std::mt19937& engine, const char* type) {
   before = host_cuda::launches();
   conv2d_backward<T>(
       shape, backward,
-      {dz.data(), x.data(), z.data(), w.data(), r.data(), c.bias ? b.data() : nullptr,
-       c.log_det ? g.data() : nullptr, c.penalty ? q.data() : nullptr, residual.data(),
-       wanted(0, dx), wanted(1, dw), wanted(2, dr), wanted(3, db), work.data()},
+      {dz.data(), x.data(), c.reconstruct ? z.data() : nullptr, w.data(), r.data(),
+       c.bias ? b.data() : nullptr, c.log_det ? g.data() : nullptr, c.penalty ? q.data() : nullptr,
+       c.reconstruct ? residual.data() : nullptr, wanted(0, dx), wanted(1, dw), wanted(2, dr),
+       wanted(3, db), work.data(), static_cast<float>(in.data_share), c.penalty_share},
       nullptr);
   expect(host_cuda::launches() - before <= 3, name + "launches of backward");
   Numbers dbias(l.channels);
@@ -198,6 +208,25 @@ std::vector<Case> table() {
       Case c = {9, {2, 1, 5, 6, 1, false}, {3, 3}, {3, 3}, 128, 227 * 1024, 1};
       for (int i = 0; i < 4; ++i) c.wants[i] = i == only;
       c.penalty = penalty;
+      cases.push_back(c);
+    }
+  // Shares of the penalty, the inverse's gradient wanted or not.
+  for (const float share : {0.0f, 0.3f})
+    for (const bool wants_inverse : {true, false}) {
+      Case c = {9, {3, 1, 5, 6, 1, false}, {3, 3}, {5, 5}, 128, 227 * 1024, 4};
+      c.wants[2] = wants_inverse;
+      c.penalty_share = share;
+      cases.push_back(c);
+    }
+  // Nothing reconstructed: whole images, tiles, weights in chunks, one gradient alone.
+  for (Case c :
+       {Case{9, {3, 1, 5, 6, 1, false}, {3, 3}, {5, 5}, 128, 227 * 1024, 4},
+        Case{2, {4, 2, 17, 18, 2, true}, {3, 3}, {5, 5}, 256, 24 * 1024},
+        Case{2, {6, 1, 4, 5, 1, false}, {5, 5}, {3, 3}, 64, 8 * 1024},
+        Case{2, {2, 1, 7, 8, 1, false}, {1, 1}, {3, 3}}})
+    for (const bool alone : {false, true}) {
+      c.reconstruct = c.penalty = c.wants[2] = false;
+      c.wants[0] = c.wants[3] = !alone;
       cases.push_back(c);
     }
   // Without the convolutions in between, the bias's sum must still end before grad_z is changed.

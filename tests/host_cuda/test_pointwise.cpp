@@ -54,7 +54,8 @@ void launching(int64_t kernels, const std::string& name, const Call& call) {
 
 template <typename T>
 void residual(
-    std::mt19937& engine, int64_t rows, int columns, int period, bool bias, bool in_place) {
+    std::mt19937& engine, int64_t rows, int columns, int period, bool bias, bool in_place,
+    bool reconstruct = true) {
   using W = Wide<T>;
   const std::string name = "residual " + std::to_string(sizeof(T)) + " bytes, " +
                            std::to_string(rows) + "x" + std::to_string(columns) + ": ";
@@ -77,17 +78,19 @@ void residual(
   W* const to_error = in_place ? reconstruction.device.data() : error.data();
   launching(columns > snf::kRowPart ? 2 : 1, name, [&] {
     snf::residual<T>(
-        {reconstruction.data(), y.data(), x.data(), bias ? c.data() : nullptr, to_z, to_error,
-         log_det.data(), recon.data(), work.data(), rows, columns, period},
+        {reconstruct ? reconstruction.data() : nullptr, y.data(), x.data(),
+         bias ? c.data() : nullptr, to_z, reconstruct ? to_error : nullptr, log_det.data(),
+         recon.data(), work.data(), rows, columns, period},
         nullptr);
   });
   if (in_place) error = reconstruction.device;
   if constexpr (std::is_same_v<T, W>)
     if (in_place) z = y.device;
   expect_close(z, z_truth, testing::tolerance<T>(), name + "z");
+  expect(log_det == std::vector<W>(rows, 0), name + "log_det");
+  if (!reconstruct) return expect(recon == std::vector<W>(rows, 0), name + "recon");
   expect_close(error, residual_truth, testing::tolerance<W>(), name + "residual");
   expect_close(recon, recon_truth, testing::tolerance<W>(), name + "recon");
-  expect(log_det == std::vector<W>(rows, 0), name + "log_det");
 }
 
 void row_sums(std::mt19937& engine) {
@@ -272,6 +275,7 @@ struct Convolution {
   dense::Layer layer;
   dense::KernelSize weight, inverse;
   bool term = true, wants_weight = true, wants_inverse = true;
+  float data_share = 0.5f;
 };
 
 template <typename T>
@@ -297,10 +301,11 @@ void inverse_term(std::mt19937& engine, const Convolution& c) {
   };
   Numbers dw = term(c.weight, c.inverse, inverse.exact),
           dr = term(c.inverse, c.weight, weight.exact);
-  const double scale = c.term ? 0.5 * sum(g) : 0;
-  for (std::size_t i = 0; i < dw.size(); ++i) dw[i] = scale * dw[i] + gradients.exact[i];
+  const double scale = c.term ? sum(g) : 0;
+  for (std::size_t i = 0; i < dw.size(); ++i)
+    dw[i] = c.data_share * scale * dw[i] + gradients.exact[i];
   for (std::size_t i = 0; i < dr.size(); ++i)
-    dr[i] = -scale * dr[i] + gradients.exact[dw.size() + i];
+    dr[i] = -0.5 * scale * dr[i] + gradients.exact[dw.size() + i];
 
   auto to_weight = poisoned<T>(dw.size()), to_inverse = poisoned<T>(dr.size());
   const snf::ConvShape shape = {
@@ -316,8 +321,8 @@ void inverse_term(std::mt19937& engine, const Convolution& c) {
     snf::conv2d_inverse_term<T>(
         shape,
         {weight.data(), inverse.data(), c.term ? g.data() : nullptr, gradients.data(),
-         c.wants_weight ? to_weight.data() : nullptr,
-         c.wants_inverse ? to_inverse.data() : nullptr},
+         c.wants_weight ? to_weight.data() : nullptr, c.wants_inverse ? to_inverse.data() : nullptr,
+         c.data_share},
         nullptr);
   });
   if (c.wants_weight) expect_close(to_weight, dw, testing::tolerance<T>(), name + "dweight");
@@ -333,6 +338,8 @@ void run(std::mt19937& engine) {
   residual<T>(engine, 1, 8192, 64, false, false);
   residual<T>(engine, 2, 8193, 3, true, true);
   residual<T>(engine, 3, 20000, 625, true, false);
+  residual<T>(engine, 3, 333, 1, true, true, false);
+  residual<T>(engine, 2, 8193, 3, true, false, false);
 
   deltas<T>(engine, {1, 1});
   deltas<T>(engine, {300, 45});  // more rows than threads
@@ -349,6 +356,7 @@ void run(std::mt19937& engine) {
   inverse_term<T>(engine, {{2, 1, 1, 1, 1, false}, {1, 1}, {3, 3}, false});
   inverse_term<T>(engine, {{2, 1, 5, 5, 1, false}, {3, 3}, {3, 3}, true, false, true});
   inverse_term<T>(engine, {{2, 1, 5, 5, 1, false}, {3, 3}, {3, 3}, true, true, false});
+  inverse_term<T>(engine, {{2, 1, 5, 5, 1, false}, {3, 3}, {5, 5}, true, true, false, 1.0f});
 }
 
 // What the kernels compute places with, up to their limits: 2^31 and 2^21.
