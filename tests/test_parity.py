@@ -38,6 +38,24 @@ def test_public_code(name, penalty, shared, backend, device):
         assert error < 1e-12, f"gradient of {key}: {error}"
 
 
+@pytest.mark.parametrize("penalty", [True, False], ids=["with-recon", "without-recon"])
+def test_public_code_symmetric(penalty, shared, backend, device):
+    """Its reconstruction by both sides, lambda = 100."""
+    data = load(shared / "parity" / "conv_sym_w100.npz", device)
+    layer = snf_ext.SelfNormConv2d(3, 3, inverse="symmetric").double().to(device)
+    layer.load_state_dict({"weight": data["W"], "weight_inv": data["R"], "bias": data["bias"]})
+    x = data["x"].clone().requires_grad_()
+    z, log_det, recon = layer(x)
+    np.testing.assert_allclose(100 * recon.mean().item(), data["recon_loss"].item(), rtol=1e-12)
+    loss = (0.5 * z.flatten(1).square().sum(1) - log_det).mean()
+    (loss + 100 * penalty * recon.mean()).backward()
+    suffix = "snf_recon" if penalty else "snf"
+    leaves = {"W": layer.weight, "R": layer.weight_inv, "b": layer.bias, "x": x}
+    for short, leaf in leaves.items():
+        want = data[f"grad_{short}_{suffix}"]
+        assert (leaf.grad - want).abs().max() < 1e-11, f"gradient of {short}"
+
+
 @pytest.mark.parametrize("name", ["fc", "conv"])
 def test_public_code_exact_values(name, shared):
     data = load(shared / "parity" / f"{name}.npz")
