@@ -195,6 +195,30 @@ class Flow(nn.Module):
         noise = torch.randn(count, *self.latent_shape, dtype=like.dtype, device=like.device)
         return self.inverse(noise * temperature, context, exact=exact, refine=refine)
 
+    def fit_inverses(self, tracked_alone: bool = False) -> None:
+        """Set every learned inverse, at any depth, to what undoes its weight best.
+
+        The inverse of a linear layer, the least-squares kernel of a convolution: see their
+        ``fit_inverse``. A tracked inverse may be some steps behind its weight until then.
+
+        Args:
+            tracked_alone: leave alone the inverses that are parameters.
+
+        Raises:
+            ValueError: a linear layer is singular.
+
+        >>> import snf_ext
+        >>> flow = snf_ext.Flow([snf_ext.SelfNormLinear(4)], event_shape=(4,))
+        >>> flow.fit_inverses()
+        >>> x = torch.randn(5, 4)
+        >>> torch.allclose(flow.inverse(flow(x).z), x, atol=1e-5)
+        True
+        """
+        for part, shape in walk(self._steps(), self.event_shape):
+            learns = getattr(part, "weight_inv", None)
+            if learns is not None and not (tracked_alone and learns.requires_grad):
+                part.fit_inverse(shape[1:])  # type: ignore[operator]
+
     def exact_plans(self) -> dict[str, Plan]:
         """What the exact values of each convolution take, in operations and memory, by name.
 

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .bijection import wide_dtype
+from .reference.autocast import without_autocast
+
 
 @torch.no_grad()
-def projected_inverse(weight: Tensor, weight_inv: Tensor, directions: Tensor) -> Tensor:
-    """The matrix nearest to R that undoes W exactly on the given directions.
+def fit_inverse_(weight_inv: Tensor, weight: Tensor) -> None:
+    """Set R to the inverse of W, in place; where W is singular, leave it.
 
-        R + (V - R Y) (Y'Y)^-1 Y'        with Y = W V
+    Shapes: both ``(D, D)``, R of the dtype of W. Cost: O(D^3), without a wait for the device.
+
+    >>> r = torch.eye(2)
+    >>> fit_inverse_(r, torch.tensor([[2.0, 0.0], [0.0, 4.0]]))
+    >>> r.tolist()
+    [[0.5, 0.0], [0.0, 0.25]]
+    """
+    inverse, info = torch.linalg.inv_ex(weight)
+    weight_inv.copy_(torch.where(info == 0, inverse, weight_inv))
+
+
+@torch.no_grad()
+def project_inverse_(weight_inv: Tensor, weight: Tensor, directions: Tensor) -> None:
+    """Change R as little as possible so that it undoes W on the given directions, in place.
+
+        R <- R + (V - R Y) (Y'Y)^-1 Y'        with Y = W V
 
     the smallest change (in Frobenius norm) after which ``R W V = V``. With fresh random directions
     in every step R follows a W that moves, and converges to the inverse of one that rests.
@@ -23,15 +42,85 @@ def projected_inverse(weight: Tensor, weight_inv: Tensor, directions: Tensor) ->
     Cost: 3 products of P D^2, and O(P^2 (D + P)). Source: Gower and Richtarik 2017, "Randomized
     quasi-Newton updates are linearly convergent matrix inversion algorithms".
 
-    >>> w = torch.tensor([[2.0, 0.0], [1.0, 4.0]])
-    >>> r = projected_inverse(w, torch.eye(2), torch.eye(2))  # on all directions: the inverse
+    >>> w, r = torch.tensor([[2.0, 0.0], [1.0, 4.0]]), torch.eye(2)
+    >>> project_inverse_(r, w, torch.eye(2))  # on all directions: the inverse
     >>> torch.allclose(r @ w, torch.eye(2), atol=1e-5)
     True
     """
     images = directions @ weight.T
-    missing = directions - images @ weight_inv.T
-    gram = images @ images.T
-    return torch.addmm(weight_inv, _solved(gram, missing).T, images)
+    missing = torch.addmm(directions, images, weight_inv.T, alpha=-1)
+    weight_inv.addmm_(_solved(images @ images.T, missing).T, images)
+
+
+@torch.no_grad()
+def keep_up(
+    weight: Tensor,
+    weight_inv: Tensor,
+    due: Tensor,
+    every: int,
+    probes: int = 0,
+    image: Sequence[int] = (),
+    dilation: int = 1,
+    groups: int = 1,
+    circular: bool = False,
+) -> None:
+    """One training step of a tracked inverse: fit it if that is due, in place.
+
+    Args:
+        weight, weight_inv: W and R, matrices or kernels.
+        due: steps until the next fit, counted down, and from 0 back to ``every``; on the CPU.
+        every: steps between fits.
+        probes: for matrices, directions to project on in the steps between; 0 for none.
+        image: ``(H, W)`` for kernels.
+        dilation, groups, circular: of kernels.
+
+    >>> w, r, due = torch.tensor([[4.0]]), torch.tensor([[1.0]]), torch.tensor(0)
+    >>> keep_up(w, r, due, every=3)
+    >>> r.item(), due.item()
+    (0.25, 2)
+    """
+    step = _keep_up_operator if torch.compiler.is_compiling() else _keep_up
+    step(weight, weight_inv, due, every, probes, list(image), dilation, groups, circular)
+
+
+def _keep_up(
+    weight: Tensor,
+    weight_inv: Tensor,
+    due: Tensor,
+    every: int,
+    probes: int,
+    image: list[int],
+    dilation: int,
+    groups: int,
+    circular: bool,
+) -> None:
+    left = int(due)
+    due.fill_((left or every) - 1)
+    if left and not probes:
+        return
+    if image:
+        size = (weight_inv.shape[2], weight_inv.shape[3])
+        fitted = least_squares_kernel(
+            weight, size, (image[0], image[1]), dilation, groups, circular
+        )
+        weight_inv.copy_(fitted)
+        return
+    with without_autocast(weight.device):
+        wide = wide_dtype(weight.dtype)
+        w, r = weight.to(wide), weight_inv.to(wide)  # r is R itself, but for half precision
+        if left == 0:
+            fit_inverse_(r, w)
+        else:
+            shape = (min(probes, len(w)), len(w))
+            project_inverse_(r, w, torch.empty(shape, dtype=wide, device=w.device).uniform_(-1, 1))
+        if r.dtype != weight_inv.dtype:
+            weight_inv.copy_(r)
+
+
+# For tracing, which cannot see when a fit is due.
+_keep_up_operator = torch.library.custom_op(
+    "snf_ext::keep_up", _keep_up, mutates_args=("weight_inv", "due")
+)
 
 
 @torch.no_grad()
@@ -68,37 +157,15 @@ def least_squares_kernel(
     >>> least_squares_kernel(w, (1, 1), (8, 8)).item()
     0.5
     """
-    fit = _fit_operator if torch.compiler.is_compiling() else _fit
-    return fit(weight, list(kernel_size), list(spatial_shape), dilation, groups, circular)
-
-
-def _fit(
-    weight: Tensor,
-    kernel_size: list[int],
-    spatial_shape: list[int],
-    dilation: int,
-    groups: int,
-    circular: bool,
-) -> Tensor:
     taps = weight.double().unflatten(0, (groups, -1))  # group, channel, channel, rows, columns
-    tables = [
+    rows, columns = (
         _tables(r, w, extent, dilation, circular, weight.device)
         for r, w, extent in zip(kernel_size, weight.shape[2:], spatial_shape, strict=True)
-    ]
-    rows, columns = tables
+    )
     wanted = rows.back @ taps @ columns.back.T
     wanted = wanted.permute(0, 1, 3, 4, 2).flatten(1, 3)  # group, (channel, tap), channel
     found = _solved(_gram(taps, rows.meet, columns.meet, kernel_size), wanted)
     return found.mT.reshape(*weight.shape[:2], *kernel_size).to(weight.dtype)
-
-
-# For tracing, which would follow all of these small steps and make the tables anew.
-_fit_operator = torch.library.custom_op("snf_ext::least_squares_kernel", _fit, mutates_args=())
-
-
-@_fit_operator.register_fake
-def _(weight: Tensor, kernel_size: list[int], *rest: Any) -> Tensor:
-    return weight.new_empty(*weight.shape[:2], *kernel_size)
 
 
 def _solved(gram: Tensor, wanted: Tensor) -> Tensor:
@@ -113,7 +180,7 @@ def _solved(gram: Tensor, wanted: Tensor) -> Tensor:
     return torch.cholesky_solve(wanted, torch.linalg.cholesky_ex(gram).L)
 
 
-def _gram(taps: Tensor, rows: Tensor, columns: Tensor, kernel_size: list[int]) -> Tensor:
+def _gram(taps: Tensor, rows: Tensor, columns: Tensor, kernel_size: tuple[int, int]) -> Tensor:
     """Inner products of the rows of T(w) that the taps of r read, summed over the pixels.
 
     Of each group a square matrix of order ``C/groups k'h k'w``, from the products of the taps of w

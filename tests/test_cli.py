@@ -372,7 +372,7 @@ def test_images_of_ones_own(tmp_path, capsys):
     run(*QUICK, "--data", "images", "--data-dir", tmp_path, "--epochs", "1", "--run-dir", "a")
     assert "(standard error" in capsys.readouterr().out
     settings = checkpoint.load(Path("a/best.pt"))["model"]["settings"]
-    assert settings == {"event_shape": (3, 4, 4), "pixel_levels": 256}
+    assert settings == {"event_shape": (3, 4, 4), "pixel_levels": 256, "inverse": "tracked"}
     run("evaluate", "--checkpoint", "a/best.pt", "--data-dir", "mine.npz")
 
 
@@ -395,7 +395,10 @@ BAD = {
     "threads": ("train --threads 0", "threads must be at least 1; got 0"),
     "device": ("train --device tpu", "device must be cpu, cuda, cuda:N or auto; got 'tpu'"),
     "no such gpu": ("train --device cuda:99", "device cuda:99 is not there; this machine offers"),
-    "argument name": ("train --model-args depth=3", "NAME one of layers, linear; got 'depth=3'"),
+    "argument name": (
+        "train --model-args depth=3",
+        "NAME one of layers, linear, inverse, debias; got 'depth=3'",
+    ),
     "argument form": ("train --model-args layers", "must be NAME=VALUE, .*; got 'layers'"),
     "argument type": ("train --model-args layers=two", "layers must be of type int; got 'two'"),
     "argument range": ("train --model-args layers=0", "layers must be at least 1; got 0"),
@@ -451,7 +454,7 @@ def test_resume_refuses_another_run(trained, capsys):
         "--data mnist": "data must stay 'digits'",
         "--no-shuffle": "shuffle must stay True",
         "--limit-train 5": "limit_train must stay None",
-        "--model-args layers=3": r"model_args must stay {}",
+        "--model-args layers=3": r"model_args must stay {'inverse': 'tracked'}",
         "--optimizer radam": "optimizer must stay 'adam'",
         "--objective bits": "objective must stay 'nats'",
         "--log-det-penalty 1": r"log_det_penalty must stay 0\.0",

@@ -155,7 +155,7 @@ def test_every_model_has_settings_for_every_data_set():
 
 def test_arguments_of_the_model_add_to_its_defaults():
     usual = resolve({"model": "glow", "data": "digits"}).model_args
-    assert usual == {"levels": 2, "steps": 4, "width": 16}
+    assert usual == {"inverse": "tracked", "levels": 2, "steps": 4, "width": 16}
     asked = {"steps": 3, "mixing": "lu"}
     config = resolve({"model": "glow", "data": "digits", "model_args": asked})
     assert config.model_args == {"levels": 2, "steps": 3, "width": 16, "mixing": "lu"}
@@ -163,6 +163,18 @@ def test_arguments_of_the_model_add_to_its_defaults():
     with pytest.raises(UserError, match=r"model_args must stay .*'steps': 3.*; got .*'steps': 4"):
         resolve({"model_args": {"steps": 4}}, config)
     assert resolve({"model": "glow", "data": "digits"}).model_args == usual
+
+
+def test_inverses_are_tracked_unless_the_penalty_is_asked_for():
+    def inverse(**asked):
+        return resolve({"model": "fc", "data": "digits", **asked}).model_args.get("inverse")
+
+    assert inverse() == "tracked"
+    assert inverse(model_args={"layers": 3}) == "tracked"
+    assert inverse(model_args={"inverse": "penalty"}) == "penalty"
+    assert inverse(recon_weight=1.0) is None
+    assert inverse(model_args={"linear": "exact"}) is None
+    assert inverse(model="autoregressive") is None
 
 
 def whole_epoch(batches, number):

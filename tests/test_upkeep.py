@@ -85,22 +85,55 @@ def test_a_tracked_inverse_gives_the_whole_gradient(name, backend):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_tracking_fits(name):
-    layer, x, grads = make(name, inverse=Tracked(probes=3))
-    before = layer.weight_inv.detach().clone()
-    w, r, _, _ = dense(layer, x)
-    error = np.linalg.norm(r @ w - np.eye(len(w)))
-    backward(layer, x, grads)
-    w, r, _, _ = dense(layer, x)
-    assert not torch.equal(layer.weight_inv, before)
-    assert np.linalg.norm(r @ w - np.eye(len(w))) < error
+    layer, x, grads = make(name, inverse=Tracked(every=3))
+    for step in range(7):
+        before = layer.weight_inv.detach().clone()
+        with torch.no_grad():
+            layer.weight += 0.01 * torch.randn_like(layer.weight)
+        backward(layer, x, grads)
+        assert torch.equal(layer.weight_inv, before) == (step % 3 > 0)
     if isinstance(layer, SelfNormConv2d):
         size = tuple(layer.weight_inv.shape[2:])
-        kernel = least_squares_kernel(layer.weight, size, x.shape[2:], *layer.shape.geometry)
-        torch.testing.assert_close(layer.weight_inv.detach(), kernel)
-    else:  # three of seven directions a step
-        for _ in range(150):
-            layer(x)
-        np.testing.assert_allclose(layer.weight_inv.detach(), np.linalg.inv(w), atol=1e-4)
+        fitted = least_squares_kernel(layer.weight, size, x.shape[2:], *layer.shape.geometry)
+    else:
+        fitted = torch.from_numpy(np.linalg.inv(layer.weight.detach().numpy()))
+    torch.testing.assert_close(layer.weight_inv.detach(), fitted)
+
+
+def test_projection_between_fits():
+    layer, x, _ = make("linear", inverse=Tracked(every=1000, probes=3))
+    layer(x)
+    with torch.no_grad():
+        layer.weight += 0.1 * torch.randn_like(layer.weight)
+
+    def error():
+        return (layer.weight_inv @ layer.weight - torch.eye(7)).norm().item()
+
+    before = error()
+    layer(x)
+    assert error() < before
+    for _ in range(150):  # three of seven directions a step
+        layer(x)
+    assert error() < 1e-4
+
+
+def test_when_a_fit_is_due_is_saved():
+    layer, x, _ = make("linear", inverse=Tracked(every=4))
+    for _ in range(3):
+        layer(x)
+    again, *_ = make("linear", inverse=Tracked(every=4))
+    again.load_state_dict(layer.state_dict())
+    for one in (layer, again):
+        torch.manual_seed(1)
+        for _ in range(3):
+            with torch.no_grad():
+                one.weight += 0.1 * torch.randn_like(one.weight)
+            one(x)
+    assert torch.equal(layer.weight_inv, again.weight_inv)
+    plain, *_ = make("linear")
+    plain.load_state_dict(layer.state_dict())
+    assert "due" not in plain.state_dict()
+    layer.load_state_dict(plain.state_dict())
 
 
 def test_tracking_leaves_alone_what_is_not_trained():
@@ -150,9 +183,8 @@ def test_training_by_an_inverse_that_is_exact(ours, exact, event):
     for build in (ours, exact):
         layers = [build(), snf_ext.SmoothLeakyReLU(0.3), build()]
         flows.append(snf_ext.Flow(layers, event).double())
-    flows[1].load_state_dict(
-        {k: v for k, v in flows[0].state_dict().items() if "weight_inv" not in k}
-    )
+    ours, theirs = (flow.state_dict() for flow in flows)
+    flows[1].load_state_dict({name: ours[name] for name in theirs})
     start = flows[0].bijections[0].weight.detach().clone()
     data = torch.randn(30, 20, *event, dtype=torch.float64) + 1
     for flow in flows:
@@ -259,8 +291,8 @@ def test_precisions(name, dtype):
     [
         ("learned", r"inverse must be one of penalty, .*, tracked; got 'learned'"),
         (None, r"inverse must be one of .*; got None"),
-        (Tracked(0), r"inverse\.probes must be a positive int; got 0"),
-        (Tracked(2.0), r"inverse\.probes must be a positive int; got 2\.0"),
+        (Tracked(0), r"inverse\.every must be a positive int or None; got 0"),
+        (Tracked(probes=2.0), r"inverse\.probes must be an int of at least 0; got 2\.0"),
         (Penalty(1.5), r"inverse\.share must be in \[0, 1\]; got 1\.5"),
         (Penalty(0.5, symmetric=True), r"inverse\.share must be 1 where it is symmetric; got 0\.5"),
     ],
@@ -272,6 +304,8 @@ def test_errors(inverse, text):
     ):
         with pytest.raises(ValueError, match=text):
             build()
+    with pytest.raises(ValueError, match=r"inverse\.probes must be 0 for convolutions; got 5"):
+        SelfNormConv2d(1, 3, inverse=Tracked(probes=5))
 
 
 def test_models_pass_the_choice_on():

@@ -2,163 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import exact, ops, tracking
-from ..bijection import Bijection, FlowStep, wide_dtype
+from ..bijection import FlowStep, wide_dtype
 from ..reference.autocast import without_autocast
-from ..reference.convolution import convolve, flip
-from ..refine import Refined, checked_refine, checked_steps, refined
+from ..reference.convolution import flip
+from ..refine import checked_refine
 from .conv_shape import ConvShape, image_size, odd_pair
-from .debias import Debias, correction, signs, with_gradient
+from .debias import Debias, correction, signs
 from .initial import STARTS, checked_start, near_identity, resized
-from .upkeep import Penalty, Tracked, Upkeep, checked_upkeep
+from .learned_inverse import LearnedInverse
+from .upkeep import Tracked, Upkeep
 
 
-class _SelfNorm(Bijection):
-    """A layer with a weight, its learned inverse, and a cache of the exact factorisation."""
-
-    mixing = True
-    refines = True
-    event_dims: ClassVar[int]
-    weight: nn.Parameter
-    weight_inv: nn.Parameter
-    bias: nn.Parameter | None
-
-    def __init__(self, inverse: str | Upkeep, debias: int | Debias) -> None:
-        super().__init__()
-        self.upkeep = checked_upkeep(inverse)
-        self.debias = (debias if isinstance(debias, Debias) else Debias(debias)).checked()
-        self._cache = exact.FactorizationCache()
-
-    @property
-    def gradient_share(self) -> float:
-        """How much of the objective's gradient W gets: half where R has a density of its own."""
-        return 1.0 if isinstance(self.upkeep, Tracked) else 0.5
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
-        """``z = W x + c``.
-
-        Training: the value of ``log_det`` is 0 and its gradient the learned inverse's. A tracked
-        inverse is fitted first, where gradients are taken.
-        Evaluation: the value is exact (factorised once, kept until the weight changes); the
-        gradient still the learned inverse's.
-        """
-        if not self.training:
-            return self.exact_forward(x)
-        learns = torch.is_grad_enabled() and self.weight.requires_grad
-        if learns and isinstance(self.upkeep, Tracked):
-            self._track(x, self.upkeep)
-        step = self._step(x)
-        if not (learns and self.debias.terms):
-            return step
-        with torch.no_grad():
-            gradient = self.gradient_share * self._what_the_inverse_lacks(x)
-        return step._replace(log_det=with_gradient(step.log_det, self.weight, gradient))
-
-    def exact_forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
-        z, log_det, recon = self._step(x)
-        if isinstance(self.upkeep, Tracked):
-            with torch.no_grad():
-                recon = self._operator(x, self.weight, self.weight_inv, self.bias).recon
-        return FlowStep(z, log_det + self._factorization(x).log_abs_det.to(log_det), recon)
-
-    def _step(self, x: Tensor) -> FlowStep:
-        keep, weights = self.upkeep, (self.weight, self.weight_inv)
-        if isinstance(keep, Tracked):
-            return self._operator(x, *weights, self.bias, reconstruct=False)
-        step = self._operator(x, *weights, self.bias, penalty_share=keep.share)
-        if not keep.symmetric:
-            return step
-        return step._replace(recon=(step.recon + self._error_of_images(x)) / 2)
-
-    def _error_of_images(self, x: Tensor) -> Tensor:
-        """``||W R y - y||^2`` of y = W x, the latter y and x held fixed; in the shape of recon."""
-        wide = wide_dtype(x.dtype)
-        with without_autocast(x.device):
-            weight, inverse = self.weight.to(wide), self.weight_inv.to(wide)
-            y = self._map(weight, x.detach().to(wide))
-            error = self._map(weight, self._map(inverse, y)) - y.detach()
-        return error.square().sum(tuple(range(-self.event_dims, 0)))
-
-    def _operator(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        weight_inv: Tensor,
-        bias: Tensor | None,
-        reconstruct: bool = True,
-        penalty_share: float = 1.0,
-    ) -> FlowStep:
-        raise NotImplementedError
-
-    def _inverse_of(self, shape: Sequence[int]) -> nn.Parameter:
-        """An unset ``weight_inv``; one that is tracked is left alone by optimizers."""
-        return nn.Parameter(torch.empty(shape), requires_grad=isinstance(self.upkeep, Penalty))
-
-    def _track(self, x: Tensor, how: Tracked) -> None:
-        """Fit R to W, where it stands: what autograd has saved of it may well be newer."""
-        raise NotImplementedError
-
-    def _factorization(self, x: Tensor) -> exact.Factorization:
-        raise NotImplementedError
-
-    def _what_the_inverse_lacks(self, x: Tensor) -> Tensor:
-        """An estimate of the gradient of log |det W| less the learned inverse's term."""
-        raise NotImplementedError
-
-    def refine_inverse(self, z: Tensor, steps: int) -> Refined:
-        """The learned inverse, improved by at most ``steps`` steps, with what is left to improve.
-
-            x <- R y,  then  x <- x + R (y - W x),  with y = z - c
-
-        Each step takes one product with W and one with R and multiplies the residual by
-        ``I - W R``. It reaches float precision where the spectral radius of that is under 1: the
-        better R has been learned, the sooner.
-
-        Returns:
-            The best iterate of each sample as z (float32 for half precision), its relative
-            residual ``||y - W x|| / ||y||`` in the shape of ``log_det``, and how many steps were
-            taken: fewer where no sample gets better any more.
-
-        Raises:
-            ValueError: z has the wrong shape, or ``steps`` is no int of at least 0.
-
-        Cost: O(steps) forward passes, and one wait for the device a step, so that no graph of
-        ``torch.compile`` spans it. Source and details: :func:`snf_ext.refine.refined`.
-
-        >>> import snf_ext
-        >>> layer = snf_ext.SelfNormConv2d(2, 3).eval()
-        >>> x = torch.randn(5, 2, 4, 4)
-        >>> back, residual, steps = layer.refine_inverse(layer(x).z, 20)
-        >>> torch.allclose(back, x, atol=1e-5), residual.shape, residual.max().item() < 1e-6
-        (True, torch.Size([5]), True)
-        """
-        return self._refined(z, checked_steps(steps, "steps"))
-
-    def _refined(self, z: Tensor, steps: int, layer: str | None = None) -> Refined:
-        """As :meth:`refine_inverse`; with a warning that names ``layer`` where it diverges."""
-        wide = wide_dtype(torch.promote_types(z.dtype, self.weight.dtype))
-        forward, backward = (partial(self._map, w.to(wide)) for w in (self.weight, self.weight_inv))
-        y = self._centred(z.to(wide))
-        return refined(y, forward, backward, steps, self.event_dims, layer)
-
-    def _centred(self, z: Tensor) -> Tensor:
-        """``z - c``, or ValueError if z has the wrong shape."""
-        raise NotImplementedError
-
-    def _map(self, weight: Tensor, x: Tensor) -> Tensor:
-        """The linear map that ``weight`` stands for, of x."""
-        raise NotImplementedError
-
-
-class SelfNormLinear(_SelfNorm):
+class SelfNormLinear(LearnedInverse):
     """Unconstrained linear map ``z = W x + c`` of the last dimension, with a learned inverse R.
 
     Shapes: x ``(..., D)``, z the same, ``log_det`` and ``recon`` ``(...)``.
@@ -224,19 +86,12 @@ class SelfNormLinear(_SelfNorm):
     ) -> FlowStep:
         return FlowStep(*ops.snf_linear(x, weight, weight_inv, bias, reconstruct, penalty_share))
 
-    @torch.no_grad()
-    def _track(self, x: Tensor, how: Tracked) -> None:
-        with without_autocast(x.device):
-            wide = wide_dtype(self.weight.dtype)
-            directions = torch.randn(
-                min(how.probes, self.features), self.features, dtype=wide, device=x.device
-            )
-            weights = self.weight.to(wide), self.weight_inv.to(wide)
-            self.weight_inv.data.copy_(tracking.projected_inverse(*weights, directions))
+    def _order(self) -> int:
+        return self.features
 
     @torch.no_grad()
-    def fit_inverse(self) -> None:
-        """Set R to the inverse of W.
+    def fit_inverse(self, spatial_shape: tuple[int, ...] = ()) -> None:
+        """Set R to the inverse of W; ``spatial_shape`` is for other layers to ask for.
 
         Raises:
             ValueError: W is singular.
@@ -302,7 +157,7 @@ class SelfNormLinear(_SelfNorm):
         return f"{self.features}, bias={self.bias is not None}"
 
 
-class SelfNormConv2d(_SelfNorm):
+class SelfNormConv2d(LearnedInverse):
     """Unconstrained convolution ``z = w * x + c`` that keeps the shape, with a learned inverse r.
 
     Stride 1, odd kernel, "same" padding. Shapes: x ``(B, C, H, W)``, z the same, ``log_det`` and
@@ -363,6 +218,8 @@ class SelfNormConv2d(_SelfNorm):
         debias: int | Debias = 0,
     ) -> None:
         super().__init__(inverse, debias)
+        if isinstance(self.upkeep, Tracked) and self.upkeep.probes:
+            raise ValueError(f"inverse.probes must be 0 for convolutions; got {self.upkeep.probes}")
         self.start = checked_start(start)
         self.shape = ConvShape.checked(
             channels, kernel_size, dilation, groups, padding_mode, stride
@@ -397,8 +254,11 @@ class SelfNormConv2d(_SelfNorm):
         how = (*self.shape.geometry, reconstruct, penalty_share)
         return FlowStep(*ops.snf_conv2d(x, weight, weight_inv, bias, *how))
 
-    def _track(self, x: Tensor, how: Tracked) -> None:
-        self.fit_inverse((x.shape[2], x.shape[3]))
+    def _order(self) -> int:
+        return self.weight_inv[0].numel()
+
+    def _geometry(self) -> tuple[Any, ...]:
+        return self._image, *self.shape.geometry
 
     @torch.no_grad()
     def fit_inverse(self, spatial_shape: tuple[int, int]) -> None:
@@ -432,8 +292,8 @@ class SelfNormConv2d(_SelfNorm):
             v = signs((self.debias.probes, *x.shape[1:]), weight)
             found = correction(
                 v,
-                lambda x: convolve(x, weight, *geometry),
-                lambda y: convolve(y, inverse, *geometry),
+                lambda x: ops.convolve(x, weight, *geometry),
+                lambda y: ops.convolve(y, inverse, *geometry),
                 self.debias,
             )
             summed = ops.conv2d_weight_gradient(found.v, found.u, weight, *geometry)
@@ -465,7 +325,7 @@ class SelfNormConv2d(_SelfNorm):
         if checked_refine(refine, exact):
             return self._refined(z, refine, repr(self)).x.to(z.dtype)
         if not exact:
-            return convolve(y, self.weight_inv, *self.shape.geometry)
+            return ops.convolve(y, self.weight_inv, *self.shape.geometry)
         return self._factorization(z).solve(y.flatten(1)).reshape(z.shape)
 
     def _centred(self, z: Tensor) -> Tensor:
@@ -473,7 +333,7 @@ class SelfNormConv2d(_SelfNorm):
         return z if self.bias is None else z - self.bias[:, None, None]
 
     def _map(self, weight: Tensor, x: Tensor) -> Tensor:
-        return convolve(x, weight, *self.shape.geometry)
+        return ops.convolve(x, weight, *self.shape.geometry)
 
     def log_abs_det(self, spatial_shape: tuple[int, int]) -> Tensor:
         """Exact ``log |det T(w)|`` in nats on ``(H, W)`` images, a scalar without gradient.

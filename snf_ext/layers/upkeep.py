@@ -24,18 +24,31 @@ class Penalty(NamedTuple):
 
 
 class Tracked(NamedTuple):
-    """R is no parameter: it is fitted to W, just before each training step uses it.
+    """R is no parameter: in training it is fitted to W anew every few steps.
 
-    A linear layer projects R onto those matrices that undo W on ``probes`` random directions
-    (:func:`snf_ext.tracking.projected_inverse`); a convolution has the least-squares kernel
+    A linear layer has the inverse, a convolution the least-squares kernel
     (:func:`snf_ext.tracking.least_squares_kernel`). There is no penalty, ``recon`` is 0 in
     training, and W gets its whole gradient ``dz x' + S R'`` instead of half of two densities'.
 
     Attributes:
-        probes: P, of linear layers.
+        every: steps between fits. If None n / 32, at least 1, for a fit by a matrix of order n: D,
+            or C/groups times the taps of r. A fit of a linear layer is O(n^3), so that it costs a
+            step about as much as 32 more rows in the batch.
+        probes: P; a linear layer also projects R, in the steps without a fit, onto those matrices
+            that undo W on P random directions (:func:`snf_ext.tracking.project_inverse_`), which
+            costs three products of P D^2. 0 for not.
     """
 
-    probes: int = 100
+    every: int | None = None
+    probes: int = 0
+
+    def interval(self, order: int) -> int:
+        """Steps between fits by a matrix of ``order``.
+
+        >>> Tracked().interval(784), Tracked().interval(9), Tracked(every=5).interval(784)
+        (24, 1, 5)
+        """
+        return max(1, order // 32) if self.every is None else self.every
 
 
 Upkeep: TypeAlias = Penalty | Tracked
@@ -58,8 +71,10 @@ def checked_upkeep(inverse: str | Upkeep) -> Upkeep:
     if not isinstance(keep, Penalty | Tracked):
         raise ValueError(f"inverse must be one of {', '.join(UPKEEP)}; got {inverse!r}")
     if isinstance(keep, Tracked):
-        if type(keep.probes) is not int or keep.probes < 1:
-            raise ValueError(f"inverse.probes must be a positive int; got {keep.probes!r}")
+        if keep.every is not None and (type(keep.every) is not int or keep.every < 1):
+            raise ValueError(f"inverse.every must be a positive int or None; got {keep.every!r}")
+        if type(keep.probes) is not int or keep.probes < 0:
+            raise ValueError(f"inverse.probes must be an int of at least 0; got {keep.probes!r}")
     elif not 0 <= keep.share <= 1:
         raise ValueError(f"inverse.share must be in [0, 1]; got {keep.share!r}")
     elif keep.symmetric and keep.share != 1:

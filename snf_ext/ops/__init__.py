@@ -8,7 +8,7 @@ from .elementwise import (
     smooth_leaky_relu,
     smooth_leaky_relu_inverse,
 )
-from .self_norm import conv2d_weight_gradient, snf_conv2d, snf_linear
+from .self_norm import conv2d_weight_gradient, convolve, snf_conv2d, snf_linear
 from .spline import rq_spline
 from .triangular import triangular_conv2d_solve
 
@@ -16,6 +16,7 @@ __all__ = [
     "actnorm",
     "affine_coupling",
     "conv2d_weight_gradient",
+    "convolve",
     "logit",
     "normal_log_prob",
     "rq_spline",

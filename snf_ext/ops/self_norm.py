@@ -51,6 +51,18 @@ def snf_conv2d(
     return reference.snf_conv2d(*arguments, reconstruct, penalty_share)
 
 
+def convolve(x: Tensor, kernel: Tensor, dilation: int, groups: int, circular: bool) -> Tensor:
+    """``k * x`` of the size of x, on the backend in use; differentiable as torch's own.
+
+    Shapes: x ``(B, C, H, W)``. Both of one dtype.
+    """
+    geometry = (dilation, groups, circular)
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad)
+    if differentiated or not runs_native(x.device):
+        return convolution.convolve(x, kernel, *geometry)
+    return torch.ops.snf_ext.snf_conv2d_forward(x, kernel, kernel, None, *geometry, False)[0]
+
+
 def conv2d_weight_gradient(
     delta: Tensor, x: Tensor, weight: Tensor, dilation: int, groups: int, circular: bool
 ) -> Tensor:
