@@ -43,7 +43,8 @@ class Trainer:
     weights of the lowest validation NLL), ``history.json`` and, if steps are monitored,
     ``angles.csv`` (see :class:`AngleLog`). An epoch depends on the seed, its number and the state
     before it, and on nothing else: a run that was killed and resumed has on the CPU the same bits
-    as one that was not.
+    as one that was not. What :class:`DivergenceGuard` finds ends training, or rolls it back
+    (:func:`roll_back`; ``rollbacks`` has the rows).
 
     A row of the history has
 
