@@ -12,6 +12,7 @@ from test_training import CONFIG, assert_same, new_run, resumed, same_run, train
 import snf_ext
 from snf_ext import cli
 from snf_ext.training import checkpoint
+from snf_ext.training.config import resolve
 from snf_ext.training.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,6 +147,18 @@ def test_checkpoints_of_earlier_versions_resume(tmp_path):
     run = trainer(tmp_path)
     run.resume(checkpoint.load(tmp_path / "last.pt", resume=True), tmp_path / "last.pt")
     assert (run.rollbacks, run.guard.start) == ([], {})
+
+
+def test_what_the_guard_knows_is_in_the_checkpoint(tmp_path):
+    run = new_run(tmp_path, replace(CONFIG, epochs=1, check_every=0))
+    run.guard.start = {"bijections.4": 3.0}
+    assert run.fit()
+    assert resumed(tmp_path).guard.start == {"bijections.4": 3.0}
+
+
+def test_a_resumed_run_may_be_guarded_otherwise():
+    other = {"check_every": 7, "check_inverse": True, "on_divergence": "rollback"}
+    assert resolve(other, CONFIG) == replace(CONFIG, **other)
 
 
 def test_there_must_be_a_lambda_to_raise():

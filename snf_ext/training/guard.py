@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 
 from ..bijection import Bijection, FlowStep, wide_dtype
 from ..flow import Flow
-from ..jacobian import EventMap, pulled, pushed
+from ..jacobian import EventMap, pushed
 from ..layers import SelfNormBijection, SelfNormConv2d, SelfNormLinear
 from .errors import Diverged
 from .seeds import derive_seed
@@ -62,7 +62,8 @@ class DivergenceGuard:
     Args:
         flow: the flow that is trained.
         every: steps from one check to the next, besides the first step; 0 leaves the loss alone.
-        check_inverse: look at ``||I - R W||``: where samples by the learned inverse are the aim.
+        check_inverse: look at ``||I - R W||``: where samples by the learned inverse are the aim. A
+            general bijection's g, too, must then have forward-mode derivatives.
         recon_limit: the largest relative reconstruction error.
         inverse_limit: the largest norm.
 
@@ -296,29 +297,31 @@ def norm_of_error(layer: Learned, x: Tensor, name: str = "") -> float:
     >>> round(norm_of_error(layer, torch.randn(3, 8)), 3)  # of I + 20 I
     21.0
     """
-    there_and_back, point = _round_trip(layer, x)
+    error, shape, dtype = _error(layer, x)
     generator = torch.Generator().manual_seed(derive_seed("norm_of_error", name))
-    v = torch.randn(point.shape, generator=generator).to(point)
+    v = torch.randn(shape, generator=generator).to(x.device, dtype)
     size = torch.zeros(())
     for _ in range(POWER_STEPS):
-        v = v / _norm(v).clamp(min=torch.finfo(v.dtype).tiny)
-        error = v - pushed(there_and_back, point, v[None])[1][0]
-        size = _norm(error)
-        v = error - pulled(there_and_back, point, error[None])[1][0]
+        v = (v / _norm(v).clamp(min=torch.finfo(dtype).tiny)).requires_grad_()
+        with torch.enable_grad():
+            moved = error(v)
+        size = _norm(moved.detach())
+        (v,) = torch.autograd.grad(moved, v, moved.detach())
     return size.median().item()
 
 
-def _round_trip(layer: Learned, x: Tensor) -> tuple[EventMap, Tensor]:
-    """To noise and back without the bias, and the events where its Jacobian is asked for."""
+def _error(layer: Learned, x: Tensor) -> tuple[EventMap, torch.Size, torch.dtype]:
+    """``v -> v - R W v``, and the shape and dtype of v."""
     if isinstance(layer, SelfNormBijection):
-        f, g = layer.f, layer.g
-        return lambda x: g(f(x)), x[:EVENTS]
-    wide = wide_dtype(layer.weight.dtype)
-    shape = (1, *x.shape[x.dim() - layer.event_dims :])
+        f, g, x = layer.f, layer.g, x[:EVENTS]
+        return lambda v: v - pushed(lambda x: g(f(x)), x, v[None])[1][0], x.shape, x.dtype
+    dtype = wide_dtype(layer.weight.dtype)
     forward, backward = (
-        partial(layer._map, weight.to(wide)) for weight in (layer.weight, layer.weight_inv)
+        partial(layer._map, weight.detach().to(dtype))
+        for weight in (layer.weight, layer.weight_inv)
     )
-    return lambda x: backward(forward(x)), torch.zeros(shape, dtype=wide, device=x.device)
+    event = x.shape[x.dim() - layer.event_dims :]
+    return lambda v: v - backward(forward(v)), torch.Size((1, *event)), dtype
 
 
 def _square(x: Tensor) -> Tensor:

@@ -244,9 +244,9 @@ class Trainer:
             value = loss.item()
             if math.isfinite(value):
                 loss.backward()
-        gradients = [p.grad for p in self.flow.parameters() if p.grad is not None]
-        clip = self.config.clip_norm
-        norm = None if clip is None else get_total_norm(gradients)
+        clip, norm = self.config.clip_norm, None
+        if clip is not None:  # apart from clipping, which would hide where NaN is
+            norm = get_total_norm([p.grad for p in self.flow.parameters() if p.grad is not None])
         try:
             self.guard.check(value, *batch, grad_norm=norm)
         except Diverged as found:  # raised after the engine ended, which would log it again
