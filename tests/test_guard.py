@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import ground_truth
 import pytest
+import small_flows
 import torch
 from small_flows import Nest
 from test_training import CONFIG, DATA, new_run, same_run
@@ -205,6 +206,14 @@ def test_where_the_loss_went_wrong():
     assert first_not_finite(flow, x) == found
     with pytest.raises(snf_ext.Diverged, match=r"the loss is nan \(x is not finite\) in step 0"):
         DivergenceGuard(flow).check(math.nan, x / 0)
+
+
+def test_a_search_that_fails_does_not_hide_the_finding():
+    x = torch.randn(4, 1, 2, 3)
+    with pytest.raises(
+        snf_ext.Diverged, match=r"the loss is inf \(where, is not known: .*in step 0"
+    ):
+        DivergenceGuard(small_flows.conditional()).check(math.inf, x)  # without its context
 
 
 def test_a_norm_that_overflows_is_no_failure():

@@ -23,7 +23,7 @@ from .seeds import derive_seed
 Learned: TypeAlias = SelfNormLinear | SelfNormConv2d | SelfNormBijection
 
 # Of a norm only "far past 1" is asked. From any start the steps bound it from below, so that they
-# never cry wolf, and a norm that stands out by far is found by the second.
+# never cry wolf, and one that stands out by far is found within these.
 POWER_STEPS = 4
 # Events at which the Jacobians of a general bijection are looked at.
 EVENTS = 8
@@ -187,7 +187,10 @@ class DivergenceGuard:
             return
         if not x.isfinite().all():
             self._stop(f"the loss is {loss} (x is not finite)", "input")
-        found = first_not_finite(self.flow, x, context)
+        try:
+            found = first_not_finite(self.flow, x, context)
+        except Exception as error:  # no memory for the copy, say: it must not hide the finding
+            found = f"where, is not known: {error}"
         self._stop(f"the loss is {loss}" + (f" ({found})" if found else ""), "loss")
 
     def _check_reconstruction(self, seen: dict[str, _Seen]) -> None:
