@@ -1,10 +1,11 @@
-"""What the gradient monitor costs beside a training step.
+"""What the gradient monitor and the divergence guard cost beside a training step.
 
     python -m bench.monitor [--model conv|fc] [--rounds 21] [--every 100] [--out F]
 
 A step at batch 100 on 1x28x28 images, fused Adam included: plain; measured by the monitor; measured
 with the exact log-determinants replaced by something that costs nothing, which shows the monitor's
-own part. The share is that of a measured step's extra time in ``every`` steps.
+own part; checked by the guard, without and with the norms of I - R W. The share is that of such a
+step's extra time in ``every`` steps.
 """
 
 from __future__ import annotations
@@ -28,27 +29,38 @@ BATCH = 100
 
 
 def variants(model: str, event_shape: tuple[int, int, int] = (1, 28, 28)) -> list[Variant]:
-    """The three steps, each on a flow of its own."""
+    """The same step in different company, each on a flow of its own."""
 
-    def variant(name: str, watched: bool, free: bool = False) -> Variant:
+    def variant(
+        name: str, watched: bool = False, free: bool = False, guarded: str | None = None
+    ) -> Variant:
         torch.manual_seed(0)
         flow = getattr(snf_ext.models, model)(event_shape).train()
         optimizer = torch.optim.Adam(flow.parameters(), fused=True)
         monitor = snf_ext.GradientMonitor(flow, every=1)
+        guard = snf_ext.DivergenceGuard(flow, 1, check_inverse=guarded == "inverse")
         x = torch.randint(256, (BATCH, *event_shape)).float()
 
         def step() -> None:
             optimizer.zero_grad()
-            with monitor.step() if watched else contextlib.nullcontext():
-                flow.loss(x).backward()
+            with (
+                monitor.step() if watched else contextlib.nullcontext(),
+                guard.step() if guarded else contextlib.nullcontext(),
+            ):
+                loss = flow.loss(x)
+                loss.backward()
+            if guarded:
+                guard.check(loss, x)
             optimizer.step()
 
         return Variant(name, step, free_log_dets if free else contextlib.nullcontext)
 
     return [
-        variant("step", watched=False),
+        variant("step"),
         variant("measured", watched=True),
         variant("measured, log-determinants free", watched=True, free=True),
+        variant("checked", guarded="gradient"),
+        variant("checked, norms too", guarded="inverse"),
     ]
 
 

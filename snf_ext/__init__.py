@@ -48,6 +48,8 @@ from .layers import (
 )
 from .refine import InverseNotConverged, Refined
 from .training.angle import gradient_angle
+from .training.errors import Diverged
+from .training.guard import DivergenceGuard
 from .training.monitor import GradientMonitor
 from .variational import VariationalBound, variational_bound
 from .version import __version__
@@ -61,6 +63,8 @@ __all__ = [
     "ComponentwiseAffine",
     "Debias",
     "Dequantize",
+    "Diverged",
+    "DivergenceGuard",
     "EmergingConv2d",
     "ExactConv2d",
     "ExactLinear",

@@ -21,7 +21,7 @@ from .flow import Flow
 from .training import checkpoint, data, pictures, run
 from .training.angle import left_out, mean_angle
 from .training.arguments import keyword_arguments
-from .training.config import OBJECTIVES, Config, resolve
+from .training.config import OBJECTIVES, ON_DIVERGENCE, Config, resolve
 from .training.context import context_of
 from .training.errors import Diverged, UserError, require
 from .training.evaluate import bits_per_dim
@@ -46,12 +46,14 @@ if TYPE_CHECKING:
     BackendName: TypeAlias = str
     OptimizerName: TypeAlias = str
     ObjectiveName: TypeAlias = str
+    OnDivergenceName: TypeAlias = str
 else:  # the choices that the help lists
     ModelName = Literal[tuple(MODELS)]
     DataName = Literal[tuple(data.LOADERS)]
     BackendName = Literal[BACKENDS]
     OptimizerName = Literal[tuple(OPTIMIZERS)]
     ObjectiveName = Literal[OBJECTIVES]
+    OnDivergenceName = Literal[ON_DIVERGENCE]
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,14 @@ class Train:
     monitor_every: int | None = None
     """Steps between measurements of each layer's gradient angle on the batch that is trained on,
     0 for never; 0. They go to angles.csv and TensorBoard."""
+    check_every: int | None = None
+    """Steps between checks that gradients are finite and learned inverses keep up, 0 for never;
+    100. The loss is checked in every step."""
+    check_inverse: bool = False
+    """Also check that no layer's learned inverse is useless for samples."""
+    on_divergence: OnDivergenceName | None = None
+    """What follows: stop, or rollback, to go on from the last good checkpoint with lambda 10 times
+    as large, at most 3 times in a row; stop."""
     run_dir: Path | None = None
     """Folder for the run's files; runs/MODEL-DATA-TIME if not given."""
     resume: bool = False
@@ -351,7 +361,7 @@ def _config(options: Train, resumed: dict[str, Any] | None) -> Config:
     given = {
         setting.name: getattr(options, setting.name)
         for setting in fields(Config)
-        if setting.name not in ("model_args", "shuffle", "conditional")
+        if setting.name not in ("model_args", "shuffle", "conditional", "check_inverse")
     }
     if earlier is None:
         given |= {"model": given["model"] or "fc", "data": given["data"] or "digits"}
@@ -361,6 +371,7 @@ def _config(options: Train, resumed: dict[str, Any] | None) -> Config:
     given["model_args"] = keyword_arguments(name, MODELS[name], pairs, DECIDED) or None
     given["shuffle"] = None if options.shuffle else False
     given["conditional"] = options.conditional or None
+    given["check_inverse"] = options.check_inverse or None
     config = resolve(given, earlier)
     if resumed is not None and config.epochs < resumed["epoch"]:
         raise UserError(

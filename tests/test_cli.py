@@ -71,6 +71,7 @@ def test_main_job(trained):
     assert test["bits_per_dim"] < 4.09  # a uniform guess
     assert 0 < result["angle"] < 5
     assert 0 < test["reconstruction"] < 1
+    assert result["rollbacks"] == []
     for line in (
         f"untrained test NLL: {result['start_test_nll']:.2f} nats",
         f"test NLL: {test['nll']:.2f} nats, {test['bits_per_dim']:.3f} bits/dim, exact",

@@ -9,6 +9,7 @@ with ``weights_only=True``: reading one never runs code from it.
     epoch, val_nll    finished epochs; exact validation NLL in nats
     config            the run's settings
     optimizer, history, best, start      in ``last.pt`` alone: what resuming needs
+    guard, rollbacks  there too: start of the divergence guard; see training.rollback
 """
 
 from __future__ import annotations

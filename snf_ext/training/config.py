@@ -10,6 +10,7 @@ from .errors import UserError
 from .optimizers import OPTIMIZERS
 
 OBJECTIVES = ("nats", "bits")
+ON_DIVERGENCE = ("stop", "rollback")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Config:
             never.
         monitor_every: steps between measurements of each layer's gradient angle on the batch that
             is trained on, 0 for never.
+        check_every: steps between checks for divergence besides that of the loss, 0 for never.
+        check_inverse: whether these look at ``||I - R W||``, for samples by the learned inverse.
+        on_divergence: ``"stop"``, or ``"rollback"``: go on from the last good checkpoint with
+            lambda 10 times as large, until three times in a row did not lead to the next one.
         optimizer: ``"adam"`` or ``"radam"``.
         objective: ``"nats"``, the loss in nats as in SNF, or ``"bits"``, in bits/dim as in SFM.
             lr, clip_norm and log_det_penalty are of the objective's gradient.
@@ -57,6 +62,9 @@ class Config:
     limit_train: int | None = None
     angle_every: int = 1
     monitor_every: int = 0
+    check_every: int = 100
+    check_inverse: bool = False
+    on_divergence: str = "stop"
     optimizer: str = "adam"
     objective: str = "nats"
     log_det_penalty: float = 0.0
@@ -73,11 +81,18 @@ class Config:
         self._require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "positive")
         self._require("angle_every", self.angle_every >= 0, "at least 0")
         self._require("monitor_every", self.monitor_every >= 0, "at least 0")
-        for name, choices in (("optimizer", tuple(OPTIMIZERS)), ("objective", OBJECTIVES)):
+        self._require("check_every", self.check_every >= 0, "at least 0")
+        for name, choices in (
+            ("optimizer", tuple(OPTIMIZERS)),
+            ("objective", OBJECTIVES),
+            ("on_divergence", ON_DIVERGENCE),
+        ):
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         penalty = self.log_det_penalty
         self._require("log_det_penalty", 0 <= penalty < math.inf, "finite, not negative")
         self._require("actnorm_batches", self.actnorm_batches >= 1, "at least 1")
+        if self.on_divergence == "rollback":
+            self._require("recon_weight", self.recon_weight > 0, "positive for rollback")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -111,7 +126,14 @@ class Config:
 
 
 # Which settings may differ when a run goes on: those that leave the finished epochs as they are.
-_FREE = {"epochs", "angle_every", "monitor_every"}
+_FREE = {
+    "epochs",
+    "angle_every",
+    "monitor_every",
+    "check_every",
+    "check_inverse",
+    "on_divergence",
+}
 
 # What a run takes where neither the model nor the request says otherwise.
 _COMMON = {"batch_size": 100, "warmup_epochs": 10.0, "lr": 1e-3, "recon_weight": 1.0}

@@ -11,7 +11,17 @@ class UserError(ValueError):
 
 
 class Diverged(RuntimeError):
-    """Training reached a value that is not finite."""
+    """Training reached a state that it must not go on from.
+
+    Attributes:
+        cause: what was found, and in which layer.
+        advice: what to change.
+        step: the step's number; 0 where there is none.
+    """
+
+    def __init__(self, message: str, *, cause: str = "", advice: str = "", step: int = 0) -> None:
+        super().__init__(message)
+        self.cause, self.advice, self.step = cause or message, advice, step
 
 
 def require(module: str, extra: str = "train") -> ModuleType:

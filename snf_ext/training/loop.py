@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..flow import Flow
 from ..layers.actnorm import ActNorm, initialize
@@ -23,9 +24,11 @@ from .context import context_of
 from .data import Dataset
 from .errors import Diverged, UserError, require
 from .evaluate import bits_per_dim, device_of, negative_log_likelihood, reconstruction_error
+from .guard import ADVICE, DivergenceGuard
 from .monitor import GradientMonitor
 from .optimizers import OPTIMIZERS
 from .progress import Progress
+from .rollback import roll_back
 from .seeds import derive_seed, seeded
 from .signals import StopRequest
 
@@ -40,7 +43,8 @@ class Trainer:
     weights of the lowest validation NLL), ``history.json`` and, if steps are monitored,
     ``angles.csv`` (see :class:`AngleLog`). An epoch depends on the seed, its number and the state
     before it, and on nothing else: a run that was killed and resumed has on the CPU the same bits
-    as one that was not.
+    as one that was not. What :class:`DivergenceGuard` finds ends training, or rolls it back
+    (:func:`roll_back`; ``rollbacks`` has the rows).
 
     A row of the history has
 
@@ -87,7 +91,9 @@ class Trainer:
         self.monitor: GradientMonitor | None = None
         if config.monitor_every:
             self.monitor = GradientMonitor(flow, config.monitor_every)
+        self.guard = DivergenceGuard(flow, config.check_every, config.check_inverse)
         self.angles = AngleLog(self.folder / "angles.csv")
+        self.rollbacks: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
         self.start: dict[str, Any] = {}
@@ -136,6 +142,10 @@ class Trainer:
             raise UserError(f"{path} must fit the optimizer; {error}") from error
         self.history, self.best = content["history"], content["best"]
         self.start = content["start"]
+        self.guard.start = content.get("guard", {})
+        self.rollbacks = content.get("rollbacks", [])
+        if self.rollbacks:
+            self.flow.recon_weight = self.rollbacks[-1]["recon_weight"]
         self.angles = AngleLog(self.folder / "angles.csv", done=self.history[-1]["step"])
         checkpoint.write_json(self.folder / "history.json", self.history)
 
@@ -145,11 +155,22 @@ class Trainer:
         The caller's random numbers are left as they were.
 
         Raises:
-            Diverged: the loss, a weight, the validation NLL or the reconstruction error is not
-                finite. The message names epoch, step and the last good checkpoint.
+            Diverged: :class:`DivergenceGuard` found something, or after an epoch a weight, the
+                validation NLL or the reconstruction error is not finite; and ``on_divergence`` is
+                "stop", or :func:`roll_back` did not help. The message names the layer, epoch and
+                step, the last good checkpoint, and what to change.
         """
-        if self.epoch >= self.config.epochs:
-            return True
+        while self.epoch < self.config.epochs and self._stop.number is None:
+            self._run()
+            if self._failure and self.config.on_divergence == "stop":
+                raise self._failure
+            if self._failure:
+                path, failure, self._failure = self.folder / "last.pt", self._failure, None
+                self.resume(roll_back(path, failure, self.flow.recon_weight), path)
+        return self._stop.number is None
+
+    def _run(self) -> None:
+        """Train on, to the last epoch, a signal, or a failure."""
         engine = self._engine()
         with ExitStack() as writers:
             self._open_tensorboard(writers)
@@ -159,9 +180,6 @@ class Trainer:
                 Progress(engine, self.progress),
             ):
                 engine.run(self.batches.stream(self.epoch + 1), max_epochs=self.config.epochs)
-        if self._failure:
-            raise self._failure
-        return self._stop.number is None
 
     @property
     def stopped_by(self) -> int | None:
@@ -211,11 +229,13 @@ class Trainer:
         self._clock = time.perf_counter()
 
     def _step(self, engine: Any, batch: Batch) -> float:
-        lr = self.config.lr_at(engine.state.iteration, len(self.batches))
+        state = engine.state
+        lr = self.config.lr_at(state.iteration, len(self.batches))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        with self._monitored(engine.state.iteration):
+        self.guard.steps = state.iteration - 1
+        with self._monitored(state.iteration), self.guard.step():
             loss = self.flow.loss(
                 *batch,
                 log_det_penalty=self.config.log_det_penalty,
@@ -224,10 +244,17 @@ class Trainer:
             value = loss.item()
             if math.isfinite(value):
                 loss.backward()
-        if math.isfinite(value):
-            if self.config.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.clip_norm)
-            self.optimizer.step()
+        clip, norm = self.config.clip_norm, None
+        if clip is not None:  # apart from clipping, which would hide where NaN is
+            norm = get_total_norm([p.grad for p in self.flow.parameters() if p.grad is not None])
+        try:
+            self.guard.check(value, *batch, grad_norm=norm)
+        except Diverged as found:  # raised after the engine ended, which would log it again
+            self._failure = self._diverged(found.cause, found.advice, state.epoch, found.step)
+            return value
+        if clip is not None and norm is not None:
+            clip_grads_with_norm_(self.flow.parameters(), clip, norm)
+        self.optimizer.step()
         self._loss_sum += value * len(batch.images)
         return value
 
@@ -247,9 +274,6 @@ class Trainer:
                 self._step_scalars.add_scalar(f"step_angle/{name}", value, step)
 
     def _after_step(self, engine: Any) -> None:
-        state = engine.state
-        if not math.isfinite(state.output):
-            self._failure = self._diverged("the loss", state.output, state.epoch, state.iteration)
         if self._failure or self._stop.number is not None:
             engine.terminate()
 
@@ -265,7 +289,7 @@ class Trainer:
         }
         try:
             self._finish_epoch(row)
-        except Diverged as failure:  # raised after the engine ended, which would log it again
+        except Diverged as failure:
             self._failure = failure
             engine.terminate()
             return
@@ -299,14 +323,17 @@ class Trainer:
             "history": self.history,
             "best": self.best,
             "start": self.start,
+            "guard": self.guard.start,
+            "rollbacks": self.rollbacks,
         }
         checkpoint.save(self.folder / "last.pt", common | resumable)
         checkpoint.write_json(self.folder / "history.json", self.history)
 
     def _measure(self, row: dict[str, Any]) -> None:
+        where = ADVICE["loss"], row["epoch"], row["step"]
         for name, parameter in self.flow.named_parameters():
             if not parameter.isfinite().all():
-                raise self._diverged(f"the parameter {name}", math.nan, row["epoch"], row["step"])
+                raise self._diverged(f"the parameter {name} is not finite", *where)
         seed, monitored = self.config.seed, self.val[:MONITORED]
         context = None if self.val_context is None else self.val_context[:MONITORED]
         nll = negative_log_likelihood(self.flow, self.val, seed, self.val_context)
@@ -315,7 +342,7 @@ class Trainer:
         row["recon"], _ = reconstruction_error(self.flow, monitored, seed, context)
         for name, what in (("val_nll", "the validation NLL"), ("recon", "the reconstruction")):
             if not math.isfinite(row[name]):
-                raise self._diverged(what, row[name], row["epoch"], row["step"])
+                raise self._diverged(f"{what} is {row[name]}", *where)
         row["angle"] = None
         every = self.config.angle_every
         if every and row["epoch"] % every == 0:
@@ -323,12 +350,12 @@ class Trainer:
                 angle = mean_angle(gradient_angle(self.flow, monitored, context))
             row["angle"] = angle if angle is None or math.isfinite(angle) else None
 
-    def _diverged(self, what: str, value: float, epoch: int, step: int) -> Diverged:
-        return Diverged(
-            f"training diverged: {what} is {value} in epoch {epoch}, step {step}; "
-            f"{self._last_good()}; try a lower --lr, a larger --recon-weight, --clip-norm, "
-            "or a longer --warmup-epochs"
+    def _diverged(self, cause: str, advice: str, epoch: int, step: int) -> Diverged:
+        message = (
+            f"training diverged: {cause} in epoch {epoch}, step {step}; "
+            f"{self._last_good()}; {advice}"
         )
+        return Diverged(message, cause=cause, advice=advice, step=step)
 
     def _last_good(self) -> str:
         if not self.history:

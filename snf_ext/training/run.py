@@ -157,6 +157,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         "layer_angle": angles,
         "checkpoint": str(best),
         "seconds": trainer.history[-1]["seconds"],
+        "rollbacks": trainer.rollbacks,
     }
     checkpoint.write_json(folder / "result.json", result)
     title = f"{trainer.config.model} on {data.name}"
