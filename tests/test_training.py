@@ -175,6 +175,7 @@ def test_inverses_are_tracked_unless_the_penalty_is_asked_for():
     assert inverse(model_args={"layers": 3}) == "tracked"
     assert inverse(model_args={"inverse": "penalty"}) == "penalty"
     assert inverse(recon_weight=1.0) is None
+    assert inverse(on_divergence="rollback") is None
     assert inverse(model_args={"linear": "exact"}) is None
     assert inverse(model="autoregressive") is None
 

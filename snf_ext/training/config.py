@@ -37,7 +37,8 @@ class Config:
         check_every: steps between checks for divergence besides that of the loss, 0 for never.
         check_inverse: whether these look at ``||I - R W||``, for samples by the learned inverse.
         on_divergence: ``"stop"``, or ``"rollback"``: go on from the last good checkpoint with
-            lambda 10 times as large, until three times in a row did not lead to the next one.
+            lambda 10 times as large, until three times in a row did not lead to the next one. Of
+            use where inverses are trained by the penalty.
         optimizer: ``"adam"`` or ``"radam"``.
         objective: ``"nats"``, the loss in nats as in SNF, or ``"bits"``, in bits/dim as in SFM.
             lr, clip_norm and log_det_penalty are of the objective's gradient.
@@ -146,8 +147,8 @@ _DATA: dict[str, dict[str, Any]] = {
 # The argument of each model that names its mixing layers, of which "self_norm" learns inverses.
 LAYERS = {"fc": "linear", "conv": "conv", "glow": "mixing"}
 
-# How those are kept where nobody asked otherwise. Who names a weight of the penalty wants the
-# penalty, as the papers have it.
+# How those are kept where nobody asked otherwise. Who names a weight of the penalty, or rollbacks
+# which raise it, wants the penalty, as the papers have it.
 INVERSE = "tracked"
 
 # The papers' settings (SNF A.3) but for epochs, and quick ones for digits. There, lambda = 1 lets
@@ -182,6 +183,13 @@ def defaults(model: str, data: str) -> dict[str, Any]:
     return {**_COMMON, **_DATA[data], **DEFAULTS.get((model, data), {})}
 
 
+def _learns_freely(asked: dict[str, Any], model_args: dict[str, Any]) -> bool:
+    """Whether the model learns inverses, and nothing asks for the penalty."""
+    layers = LAYERS.get(asked["model"])
+    learns = layers is not None and model_args.get(layers, "self_norm") == "self_norm"
+    return learns and "recon_weight" not in asked and asked.get("on_divergence") != "rollback"
+
+
 def resolve(given: dict[str, Any], earlier: Config | None = None) -> Config:
     """The settings of a run from what was asked for.
 
@@ -200,8 +208,7 @@ def resolve(given: dict[str, Any], earlier: Config | None = None) -> Config:
     if earlier is None:
         usual = defaults(asked["model"], asked["data"])
         own = {**usual.get("model_args", {}), **asked.get("model_args", {})}
-        layers = LAYERS.get(asked["model"])
-        if layers and own.get(layers, "self_norm") == "self_norm" and "recon_weight" not in asked:
+        if _learns_freely(asked, own):
             own = {"inverse": INVERSE, **own}
         return Config(**{**usual, **asked, "model_args": own})
     if "model_args" in asked:  # asked for in part: the rest stays as it was

@@ -30,10 +30,11 @@ EVENTS = 8
 
 ADVICE = {
     "input": "look at the data",
-    "loss": "try a lower --lr, a larger --recon-weight, --clip-norm, or a longer --warmup-epochs",
+    "loss": "try a lower --lr, a larger --recon-weight where there is a penalty, --clip-norm, or a "
+    "longer --warmup-epochs",
     "gradient": "try a lower --lr, --clip-norm, or a longer --warmup-epochs",
-    "reconstruction": "the learned inverse does not keep up with its layer: try a larger "
-    "--recon-weight, a lower --lr, or a longer --warmup-epochs",
+    "reconstruction": "the learned inverse does not keep up with its layer: let it be tracked "
+    "(inverse=tracked), or try a larger --recon-weight, a lower --lr, or a longer --warmup-epochs",
     "inverse": "samples by the learned inverse are of no use: try a larger --recon-weight, or draw "
     "them by the exact (exact=True) or a refined inverse (refine=n) and leave out --check-inverse",
 }
@@ -144,11 +145,10 @@ class DivergenceGuard:
 
     @torch.no_grad()
     def _see(self, name: str, layer: Learned, args: tuple[Any, ...], step: FlowStep) -> None:
-        x, recon = args[0].detach(), step.recon
-        if isinstance(layer, SelfNormBijection):  # whose recon may constrain Jacobians too
-            recon = _square(layer.inverse(step.z) - x)
+        x = args[0].detach()  # recon may hold other terms, weights, or nothing
+        back = layer.inverse(step.z)
         before = self._seen.get(name)
-        error, size = recon.sum(), _square(x)
+        error, size = _square(back.to(wide_dtype(x.dtype)) - x), _square(x)
         if before is not None:
             error, size = error + before.error, size + before.size
         self._seen[name] = _Seen(layer, x, error, size)

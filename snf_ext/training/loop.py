@@ -339,16 +339,18 @@ class Trainer:
         nll = negative_log_likelihood(self.flow, self.val, seed, self.val_context)
         row["val_nll"] = nll.mean().item()
         row["val_bits_per_dim"] = bits_per_dim(row["val_nll"], self.flow.event_shape)
-        row["recon"], _ = reconstruction_error(self.flow, monitored, seed, context)
-        for name, what in (("val_nll", "the validation NLL"), ("recon", "the reconstruction")):
-            if not math.isfinite(row[name]):
-                raise self._diverged(f"{what} is {row[name]}", *where)
+        if not math.isfinite(row["val_nll"]):
+            raise self._diverged(f"the validation NLL is {row['val_nll']}", *where)
         row["angle"] = None
         every = self.config.angle_every
         if every and row["epoch"] % every == 0:
             with seeded(self.device, seed, "angle"):
                 angle = mean_angle(gradient_angle(self.flow, monitored, context))
             row["angle"] = angle if angle is None or math.isfinite(angle) else None
+        self.flow.fit_inverses(tracked_alone=True)  # some steps behind; for samples and checkpoints
+        row["recon"], _ = reconstruction_error(self.flow, monitored, seed, context)
+        if not math.isfinite(row["recon"]):
+            raise self._diverged(f"the reconstruction is {row['recon']}", *where)
 
     def _diverged(self, cause: str, advice: str, epoch: int, step: int) -> Diverged:
         message = (
