@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .backend import backend
 from .flow import Flow
+from .layers.learned_inverse import LearnedInverse
 
 MAX_GRAPHS = 4
 
@@ -95,6 +97,7 @@ class GraphedStep:
         self._loss = flow.loss if loss is None else loss
         self._after_backward = after_backward
         self._modules = list(flow.modules())
+        self._inverses = [m for m in self._modules if isinstance(m, LearnedInverse)]
         self._cuda = _Cuda()
         self.reason: str | None = "no batch yet"
         self.reset()
@@ -150,7 +153,21 @@ class GraphedStep:
                 return self._settled(self._eager(x))
             self._graphs[key], self._restarted = graph, ""
         self.reason = None
-        return graph.step(x)
+        for layer in self._inverses:
+            layer.keep_up()
+        with self._inverses_held():
+            return graph.step(x)
+
+    @contextmanager
+    def _inverses_held(self) -> Iterator[None]:
+        """Tracked inverses are fitted outside of graphs: when, is for Python to say."""
+        for layer in self._inverses:
+            layer.held = True
+        try:
+            yield
+        finally:
+            for layer in self._inverses:
+                layer.held = False
 
     def _eager(self, x: Tensor) -> Tensor:
         self.optimizer.zero_grad()
@@ -242,7 +259,8 @@ class GraphedStep:
         # Gradients must be made while capturing: in the graph's own memory, at fixed places.
         optimizer.zero_grad()
         try:
-            replay, loss = self._cuda.capture(x.device, partial(self._after_zero_grad, batch))
+            with self._inverses_held():
+                replay, loss = self._cuda.capture(x.device, partial(self._after_zero_grad, batch))
             fixed = self._read_fixed()
             if fixed != self._fixed:
                 raise RuntimeError(f"{_first_difference(self._fixed, fixed)} changes in every step")

@@ -158,6 +158,19 @@ def fc():
     return snf_ext.models.fc((1, 8, 8), layers=2)
 
 
+def tracked():
+    inverse = snf_ext.Tracked(every=3)
+    return snf_ext.Flow(
+        [
+            *snf_ext.models.preprocessing(),
+            snf_ext.SelfNormConv2d(1, 3, inverse=inverse),
+            snf_ext.layers.Flatten((1, 8, 8)),
+            snf_ext.SelfNormLinear(64, inverse=inverse),
+        ],
+        (1, 8, 8),
+    )
+
+
 def conv():
     bijections = [
         *snf_ext.models.preprocessing(),
@@ -335,10 +348,10 @@ def test_contexts_that_a_graph_does_not_cover(world):
 # What is captured
 
 
-@pytest.mark.parametrize("make_flow", [fc, conv])
+@pytest.mark.parametrize("make_flow", [fc, conv, tracked])
 @pytest.mark.parametrize("make_optimizer", [fused_adam, momentum])
 def test_the_same_steps_as_an_eager_loop(world, make_flow, make_optimizer):
-    if make_flow is conv and world.device == "cuda" and not snf_ext.build_info()["cuda"]:
+    if make_flow is not fc and world.device == "cuda" and not snf_ext.build_info()["cuda"]:
         pytest.skip("needs the CUDA kernels")
     twins = world.twins(make_flow, make_optimizer)
     step = GraphedStep(*twins[0], warmup=3)

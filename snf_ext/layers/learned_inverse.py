@@ -35,6 +35,7 @@ class LearnedInverse(Bijection):
         self.upkeep = checked_upkeep(inverse)
         self.debias = (debias if isinstance(debias, Debias) else Debias(debias)).checked()
         self._cache = exact.FactorizationCache()
+        self.held = False  # whether others call keep_up, and training does not
         self._due = torch.tensor(0)  # steps to the next fit; on the CPU, wherever the weights are
         self._image: tuple[int, ...] = ()  # size of the last batch's images
 
@@ -56,7 +57,7 @@ class LearnedInverse(Bijection):
         learns = torch.is_grad_enabled() and self.weight.requires_grad
         if learns and isinstance(self.upkeep, Tracked):
             self._image = tuple(x.shape[2:]) if self.event_dims == 3 else ()
-            if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if not self.held:
                 self.keep_up()
         step = self._step(x)
         if not (learns and self.debias.terms):
@@ -106,12 +107,13 @@ class LearnedInverse(Bijection):
         return nn.Parameter(torch.empty(shape), requires_grad=isinstance(self.upkeep, Penalty))
 
     def keep_up(self) -> None:
-        """One step of a tracked inverse: fit R to W if that is due.
+        """One training step of a tracked inverse: fit R to W if that is due.
 
-        Training calls it; only a captured CUDA graph, which runs no Python, needs it besides, once
-        before each replay.
+        The layer calls it itself. Only a CUDA graph must not: it is captured with ``held`` set, and
+        this is called before each replay, as :class:`snf_ext.GraphedStep` does.
         """
-        assert isinstance(self.upkeep, Tracked)
+        if not isinstance(self.upkeep, Tracked):
+            return
         every, probes = self.upkeep.interval(self._order()), self.upkeep.probes
         # By .data: what autograd has saved of R may as well be newer.
         tracking.keep_up(
