@@ -31,14 +31,15 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   const int64_t offset = part.row * p.columns;
   W squares = 0;
   for (int i = part.begin + static_cast<int>(threadIdx.x); i < part.end; i += kRowThreads) {
-    if (p.reconstruction != nullptr) {
+    const W bias = p.bias == nullptr ? W(0) : widen(p.bias[period(i)]);
+    store(p.z + offset + i, p.y[offset + i] + bias);
+  }
+  if (p.reconstruction != nullptr)  // a loop of its own takes fewer registers than a branch in one
+    for (int i = part.begin + static_cast<int>(threadIdx.x); i < part.end; i += kRowThreads) {
       const W error = p.reconstruction[offset + i] - widen(p.x[offset + i]);
       p.residual[offset + i] = error;
       squares += error * error;
     }
-    const W bias = p.bias == nullptr ? W(0) : widen(p.bias[period(i)]);
-    store(p.z + offset + i, p.y[offset + i] + bias);
-  }
   squares = block_sum(squares, reinterpret_cast<W*>(shared_memory()));
   if (threadIdx.x != 0) return;
   recon[blockIdx.x] = squares;
