@@ -17,27 +17,28 @@ from .reference.autocast import without_autocast
 def fit_inverse_(weight_inv: Tensor, weight: Tensor) -> None:
     """Set R to the inverse of W, in place; where W is singular, leave it.
 
-    Shapes: both ``(D, D)``, R of the dtype of W. Cost: O(D^3), without a wait for the device.
+    Shapes: both ``(D, D)``. Cost: O(D^3), without a wait for the device.
 
     >>> r = torch.eye(2)
     >>> fit_inverse_(r, torch.tensor([[2.0, 0.0], [0.0, 4.0]]))
     >>> r.tolist()
     [[0.5, 0.0], [0.0, 0.25]]
     """
-    inverse, info = torch.linalg.inv_ex(weight)
-    weight_inv.copy_(torch.where(info == 0, inverse, weight_inv))
+    inverse, info = torch.linalg.inv_ex(weight.to(wide_dtype(weight.dtype)))
+    weight_inv.copy_(torch.where(info == 0, inverse.to(weight_inv.dtype), weight_inv))
 
 
 @torch.no_grad()
-def project_inverse_(weight_inv: Tensor, weight: Tensor, directions: Tensor) -> None:
-    """Change R as little as possible so that it undoes W on the given directions, in place.
+def project_inverse_(weight_inv: Tensor, weight: Tensor, x: Tensor) -> None:
+    """Change R as little as possible so that it undoes W on some samples x, in place.
 
-        R <- R + (V - R Y) (Y'Y)^-1 Y'        with Y = W V
+        R <- R + (X' - R Y') (Y Y')^-1 Y        with Y = X W'
 
-    the smallest change (in Frobenius norm) after which ``R W V = V``. With fresh random directions
-    in every step R follows a W that moves, and converges to the inverse of one that rests.
+    the smallest change (in Frobenius norm) after which ``R W x = x`` for each row x of X. On random
+    directions this is a method to find the inverse of a matrix; the samples of a flow follow those
+    of its singular values that training moves, as it is they that move them.
 
-    Shapes: weight, weight_inv ``(D, D)``; directions V' ``(P, D)``, one a row.
+    Shapes: weight, weight_inv ``(D, D)``; x ``(P, D)``.
 
     Cost: 3 products of P D^2, and O(P^2 (D + P)). Source: Gower and Richtarik 2017, "Randomized
     quasi-Newton updates are linearly convergent matrix inversion algorithms".
@@ -47,48 +48,50 @@ def project_inverse_(weight_inv: Tensor, weight: Tensor, directions: Tensor) -> 
     >>> torch.allclose(r @ w, torch.eye(2), atol=1e-5)
     True
     """
-    images = directions @ weight.T
-    missing = torch.addmm(directions, images, weight_inv.T, alpha=-1)
-    weight_inv.addmm_(_solved(images @ images.T, missing).T, images)
+    wide = wide_dtype(weight.dtype)
+    with without_autocast(weight.device):
+        x, r = x.to(wide), weight_inv.to(wide)  # r is R itself, but for half precision
+        y = x @ weight.to(wide).T
+        missing = torch.addmm(x, y, r.T, alpha=-1)
+        r.addmm_(_solved(y @ y.T, missing).T, y)
+    if r.dtype != weight_inv.dtype:
+        weight_inv.copy_(r)
 
 
 @torch.no_grad()
-def keep_up(
-    weight: Tensor,
+def fit_when_due_(
     weight_inv: Tensor,
+    weight: Tensor,
     due: Tensor,
     every: int,
-    probes: int = 0,
     image: Sequence[int] = (),
     dilation: int = 1,
     groups: int = 1,
     circular: bool = False,
 ) -> None:
-    """One training step of a tracked inverse: fit it if that is due, in place.
+    """Count one training step, and fit R to W if that is due, both in place.
 
     Args:
-        weight, weight_inv: W and R, matrices or kernels.
+        weight_inv, weight: R and W, matrices or kernels.
         due: steps until the next fit, counted down, and from 0 back to ``every``; on the CPU.
         every: steps between fits.
-        probes: for matrices, directions to project on in the steps between; 0 for none.
         image: ``(H, W)`` for kernels.
         dilation, groups, circular: of kernels.
 
     >>> w, r, due = torch.tensor([[4.0]]), torch.tensor([[1.0]]), torch.tensor(0)
-    >>> keep_up(w, r, due, every=3)
+    >>> fit_when_due_(r, w, due, every=3)
     >>> r.item(), due.item()
     (0.25, 2)
     """
-    step = _keep_up_operator if torch.compiler.is_compiling() else _keep_up
-    step(weight, weight_inv, due, every, probes, list(image), dilation, groups, circular)
+    step = _fit_operator if torch.compiler.is_compiling() else _fit
+    step(weight_inv, weight, due, every, list(image), dilation, groups, circular)
 
 
-def _keep_up(
-    weight: Tensor,
+def _fit(
     weight_inv: Tensor,
+    weight: Tensor,
     due: Tensor,
     every: int,
-    probes: int,
     image: list[int],
     dilation: int,
     groups: int,
@@ -96,30 +99,20 @@ def _keep_up(
 ) -> None:
     left = int(due)
     due.fill_((left or every) - 1)
-    if left and not probes:
+    if left:
         return
     if image:
         size = (weight_inv.shape[2], weight_inv.shape[3])
-        fitted = least_squares_kernel(
-            weight, size, (image[0], image[1]), dilation, groups, circular
+        weight_inv.copy_(
+            least_squares_kernel(weight, size, (image[0], image[1]), dilation, groups, circular)
         )
-        weight_inv.copy_(fitted)
-        return
-    with without_autocast(weight.device):
-        wide = wide_dtype(weight.dtype)
-        w, r = weight.to(wide), weight_inv.to(wide)  # r is R itself, but for half precision
-        if left == 0:
-            fit_inverse_(r, w)
-        else:
-            shape = (min(probes, len(w)), len(w))
-            project_inverse_(r, w, torch.empty(shape, dtype=wide, device=w.device).uniform_(-1, 1))
-        if r.dtype != weight_inv.dtype:
-            weight_inv.copy_(r)
+    else:
+        fit_inverse_(weight_inv, weight)
 
 
 # For tracing, which cannot see when a fit is due.
-_keep_up_operator = torch.library.custom_op(
-    "snf_ext::keep_up", _keep_up, mutates_args=("weight_inv", "due")
+_fit_operator = torch.library.custom_op(
+    "snf_ext::fit_when_due_", _fit, mutates_args=("weight_inv", "due")
 )
 
 

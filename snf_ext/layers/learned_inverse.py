@@ -48,7 +48,7 @@ class LearnedInverse(Bijection):
         """``z = W x + c``.
 
         Training: the value of ``log_det`` is 0 and its gradient the learned inverse's. A tracked
-        inverse is fitted first, where gradients are taken.
+        inverse is brought up to date first, where gradients are taken.
         Evaluation: the value is exact (factorised once, kept until the weight changes); the
         gradient still the learned inverse's.
         """
@@ -59,6 +59,7 @@ class LearnedInverse(Bijection):
             self._image = tuple(x.shape[2:]) if self.event_dims == 3 else ()
             if not self.held:
                 self.keep_up()
+            self._make_right_on(x.detach(), self.upkeep)
         step = self._step(x)
         if not (learns and self.debias.terms):
             return step
@@ -107,26 +108,27 @@ class LearnedInverse(Bijection):
         return nn.Parameter(torch.empty(shape), requires_grad=isinstance(self.upkeep, Penalty))
 
     def keep_up(self) -> None:
-        """One training step of a tracked inverse: fit R to W if that is due.
+        """Count a training step of a tracked inverse, and fit R to W if that is due.
 
         The layer calls it itself. Only a CUDA graph must not: it is captured with ``held`` set, and
         this is called before each replay, as :class:`snf_ext.GraphedStep` does.
         """
-        if not isinstance(self.upkeep, Tracked):
-            return
-        every, probes = self.upkeep.interval(self._order()), self.upkeep.probes
-        # By .data: what autograd has saved of R may as well be newer.
-        tracking.keep_up(
-            self.weight.data, self.weight_inv.data, self._due, every, probes, *self._geometry()
-        )
+        if isinstance(self.upkeep, Tracked):
+            every = self.upkeep.every or self._interval()
+            # By .data: what autograd has saved of R may as well be newer.
+            weights = self.weight_inv.data, self.weight.data
+            tracking.fit_when_due_(*weights, self._due, every, *self._geometry())
 
-    def _order(self) -> int:
-        """Of the matrix that a fit of R factorises."""
+    def _interval(self) -> int:
+        """Steps between fits where nobody says."""
         raise NotImplementedError
 
     def _geometry(self) -> tuple[Any, ...]:
-        """What :func:`tracking.keep_up` has to know of convolutions."""
+        """What a fit has to know of convolutions."""
         return ()
+
+    def _make_right_on(self, x: Tensor, how: Tracked) -> None:
+        """Improve R between fits by a batch."""
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

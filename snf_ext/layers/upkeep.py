@@ -24,31 +24,24 @@ class Penalty(NamedTuple):
 
 
 class Tracked(NamedTuple):
-    """R is no parameter: in training it is fitted to W anew every few steps.
+    """R is no parameter: training fits it to W.
 
-    A linear layer has the inverse, a convolution the least-squares kernel
-    (:func:`snf_ext.tracking.least_squares_kernel`). There is no penalty, ``recon`` is 0 in
-    training, and W gets its whole gradient ``dz x' + S R'`` instead of half of two densities'.
+    Every so many steps a linear layer sets it to the inverse, and in each step makes it right on
+    some samples of the batch (:func:`snf_ext.tracking.project_inverse_`): a singular value of W
+    that comes close to 0 pushes back by its inverse, and would be past 0 before the next fit. A
+    convolution has the least-squares kernel (:func:`snf_ext.tracking.least_squares_kernel`).
+    There is no penalty, ``recon`` is 0 in training, and W gets its whole gradient ``dz x' + S R'``
+    instead of half of two densities'.
 
     Attributes:
-        every: steps between fits. If None n / 32, at least 1, for a fit by a matrix of order n: D,
-            or C/groups times the taps of r. A fit of a linear layer is O(n^3), so that it costs a
-            step about as much as 32 more rows in the batch.
-        probes: P; a linear layer also projects R, in the steps without a fit, onto those matrices
-            that undo W on P random directions (:func:`snf_ext.tracking.project_inverse_`), which
-            costs three products of P D^2. 0 for not.
+        every: steps between fits. If None, D / 8 for a linear layer and n / 128 for a convolution
+            whose fit is by matrices of order n, C/groups times the taps of r; at least 1. A fit of
+            a linear layer is O(D^3), and costs a step as much as a few more rows in the batch.
+        samples: of the batch, that a linear layer's R is made right on in each step.
     """
 
     every: int | None = None
-    probes: int = 0
-
-    def interval(self, order: int) -> int:
-        """Steps between fits by a matrix of ``order``.
-
-        >>> Tracked().interval(784), Tracked().interval(9), Tracked(every=5).interval(784)
-        (24, 1, 5)
-        """
-        return max(1, order // 32) if self.every is None else self.every
+    samples: int = 32
 
 
 Upkeep: TypeAlias = Penalty | Tracked
@@ -73,8 +66,8 @@ def checked_upkeep(inverse: str | Upkeep) -> Upkeep:
     if isinstance(keep, Tracked):
         if keep.every is not None and (type(keep.every) is not int or keep.every < 1):
             raise ValueError(f"inverse.every must be a positive int or None; got {keep.every!r}")
-        if type(keep.probes) is not int or keep.probes < 0:
-            raise ValueError(f"inverse.probes must be an int of at least 0; got {keep.probes!r}")
+        if type(keep.samples) is not int or keep.samples < 0:
+            raise ValueError(f"inverse.samples must be an int of at least 0; got {keep.samples!r}")
     elif not 0 <= keep.share <= 1:
         raise ValueError(f"inverse.share must be in [0, 1]; got {keep.share!r}")
     elif keep.symmetric and keep.share != 1:
