@@ -1,0 +1,129 @@
+"""What a training step takes by each way of keeping the learned inverse.
+
+    python -m bench.inverse_time fc|conv|glow [--rounds 7] [--threads 1] [--out F.json]
+
+A step at batch 100 on 1x28x28 images, fused Adam included. A sample is 100 steps in a row, because
+a tracked inverse is fitted in some steps alone; variants take turns, and the ratios are those of
+the paper's way in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import snf_ext
+
+from . import report
+from .inverse_study import BATCH, MODELS, build
+from .timing import machine_noise, quartiles
+
+STEPS = 100
+PAPER = "penalty"
+DEBIAS = snf_ext.Debias(2, 4)
+COMMON: dict[str, dict[str, Any]] = {
+    "exact": {"layer": "exact"},
+    PAPER: {},
+    "inverse-only": {"inverse": "inverse-only"},
+    "tracked": {"inverse": "tracked"},
+    "penalty, debiased": {"debias": DEBIAS},
+    "tracked, debiased": {"inverse": "tracked", "debias": DEBIAS},
+}
+LARGER: dict[str, dict[str, Any]] = {
+    f"{kept} {size}x{size}": {"inverse": kept, "inverse_kernel_size": size}
+    for kept in (PAPER, "tracked")
+    for size in (5, 7)
+}
+
+
+class Trainee:
+    """One variant: a flow, its optimizer, and the seconds of a step in each round."""
+
+    def __init__(self, model: str, settings: Mapping[str, Any]) -> None:
+        self.flow = build(MODELS[model], settings, seed=0).train()
+        self.optimizer = torch.optim.Adam(self.flow.parameters(), lr=1e-4, fused=True)
+        self.seconds: list[float] = []
+
+    def run(self, x: torch.Tensor, steps: int) -> None:
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            self.flow.loss(x).backward()
+            self.optimizer.step()
+        self.seconds.append((time.perf_counter() - start) / steps)
+
+
+def measure(model: str, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """One row a variant."""
+    variants = COMMON | (LARGER if model == "conv" else {})
+    trainees = {name: Trainee(model, settings) for name, settings in variants.items()}
+    x = torch.randint(256, (BATCH, 1, 28, 28)).float()
+    for trainee in trainees.values():
+        trainee.run(x, 3)
+        trainee.seconds.clear()
+    for turn in range(rounds):
+        names = list(trainees)
+        for name in names if turn % 2 else names[::-1]:
+            # The exact gradient is slow, and the same in every step.
+            trainees[name].run(x, steps if name != "exact" else max(1, steps // 10))
+    paper = trainees[PAPER].seconds
+    rows = []
+    for name, trainee in trainees.items():
+        low, middle, high = quartiles(trainee.seconds)
+        ratios = [a / b for a, b in zip(trainee.seconds, paper, strict=True)]
+        rows.append(
+            {
+                "variant": name,
+                "step_s": middle,
+                "step_q1_s": low,
+                "step_q3_s": high,
+                "over_penalty": quartiles(ratios)[1],
+            }
+        )
+        print(
+            f"{name:<20}{middle * 1e3:>8.2f} ms [{low * 1e3:.2f} {high * 1e3:.2f}]"
+            f"{rows[-1]['over_penalty']:>8.2f} times the penalty",
+            flush=True,
+        )
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.inverse_time")
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a sample")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    args = parser.parse_args(arguments)
+    for name in ("rounds", "steps", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
+    torch.set_num_threads(args.threads)
+    noise = machine_noise()
+    print(f"{noise}; {args.threads} threads")
+    command = f"python -m bench.inverse_time {args.model} --rounds {args.rounds}"
+    command += f" --threads {args.threads}"
+    environment = report.environment(command)
+    rows = measure(args.model, args.rounds, args.steps)
+    if args.out:
+        record = {
+            "suite": "inverse_time",
+            "model": args.model,
+            "environment": environment,
+            "noise_before": report.noise_record(noise),
+            "noise_after": report.noise_record(machine_noise()),
+            "rows": rows,
+        }
+        report.write_json(args.out, record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
