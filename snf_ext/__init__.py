@@ -7,6 +7,15 @@ papers' architectures. Direction: ``forward`` goes from data x to noise z.
 from . import models, ops, reference
 from .backend import backend, build_info, use_backend
 from .bijection import Bijection, FlowStep
+from .constraint import (
+    GECO,
+    AugmentedLagrangian,
+    Controller,
+    Fixed,
+    ModifiedDifferentialMultipliers,
+    Relative,
+    constrain,
+)
 from .flow import Flow
 from .graphed import GraphedStep
 from .layers import (
@@ -51,18 +60,22 @@ from .variational import VariationalBound, variational_bound
 from .version import __version__
 
 __all__ = [
+    "GECO",
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
+    "AugmentedLagrangian",
     "BatchNorm",
     "Bijection",
     "ComponentwiseAffine",
+    "Controller",
     "Debias",
     "Dequantize",
     "EmergingConv2d",
     "ExactConv2d",
     "ExactLinear",
     "ExponentialConv2d",
+    "Fixed",
     "Flatten",
     "Flow",
     "FlowStep",
@@ -74,11 +87,13 @@ __all__ = [
     "LeakyReLU",
     "LearnableLeakyReLU",
     "Logit",
+    "ModifiedDifferentialMultipliers",
     "Normalize",
     "Permutation",
     "PlainConv1x1",
     "RationalQuadraticSpline",
     "Refined",
+    "Relative",
     "RelativeLinear",
     "SelfNormBijection",
     "SelfNormConv2d",
@@ -93,6 +108,7 @@ __all__ = [
     "__version__",
     "backend",
     "build_info",
+    "constrain",
     "coupling_outputs",
     "gradient_angle",
     "initialize",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import exact, ops
 from ..bijection import Bijection, FlowStep, wide_dtype
+from ..constraint import Controller, weighted
 from ..reference.autocast import without_autocast
 from ..reference.convolution import convolve, flip
 from ..refine import Refined, checked_refine, checked_steps, refined
@@ -28,11 +29,13 @@ class _SelfNorm(Bijection):
     weight: nn.Parameter
     weight_inv: nn.Parameter
     bias: nn.Parameter | None
+    controller: Controller | None
 
     def __init__(self, debias: int | Debias) -> None:
         super().__init__()
         self.debias = (debias if isinstance(debias, Debias) else Debias(debias)).checked()
         self._cache = exact.FactorizationCache()
+        self.register_module("controller", None)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         """``z = W x + c``.
@@ -43,7 +46,7 @@ class _SelfNorm(Bijection):
         """
         if not self.training:
             return self.exact_forward(x)
-        step = self._step(x)
+        step = weighted(self._step(x), self.controller, x)
         if not (self.debias.terms and torch.is_grad_enabled() and self.weight.requires_grad):
             return step
         with torch.no_grad():

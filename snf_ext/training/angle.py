@@ -70,6 +70,7 @@ def gradient_angle(flow: Flow, x: Tensor, context: Tensor | None = None) -> dict
         return step._replace(log_det=step.log_det.detach())
 
     for layer in layers.values():
+        layer.controller = None  # whose sums over ranks wait for all of them
         layer.register_forward_hook(set_aside)
     half_data = [torch.zeros_like(weight) for weight in weights]
     half_inverse: tuple[Tensor, ...] = ()

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ..constraint import CONTROLLERS, KAPPA
 from .errors import UserError
 from .optimizers import OPTIMIZERS
 
@@ -24,7 +25,11 @@ class Config:
         epochs: how many times the training images are seen.
         batch_size: images a step; the last step of an epoch may have fewer.
         lr: learning rate after warm-up.
-        recon_weight: lambda, the weight of the reconstruction penalty.
+        recon_weight: lambda, the weight of the reconstruction penalty; with a controller the one
+            that it starts from.
+        controller: what moves each layer's lambda, a name in the table of controllers; None for
+            one lambda that stays.
+        kappa: the relative reconstruction error that it allows; None without one.
         warmup_epochs: the learning rate rises from 0 step by step over that many epochs.
         clip_norm: largest gradient norm, None to leave it.
         seed: of initialisation, order and noise.
@@ -51,6 +56,8 @@ class Config:
     lr: float
     recon_weight: float
     warmup_epochs: float
+    controller: str | None = None
+    kappa: float | None = None
     clip_norm: float | None = None
     seed: int = 0
     shuffle: bool = True
@@ -69,6 +76,16 @@ class Config:
         self._require("batch_size", self.batch_size >= 1, "at least 1")
         self._require("lr", 0 < self.lr < math.inf, "positive and finite")
         self._require("recon_weight", 0 <= self.recon_weight < math.inf, "finite, not negative")
+        self._require(
+            "controller",
+            self.controller in (None, *CONTROLLERS),
+            f"one of {', '.join(CONTROLLERS)}",
+        )
+        if self.controller is None:
+            self._require("kappa", self.kappa is None, "left out without a controller")
+        else:
+            kappa = self.kappa or 0.0
+            self._require("kappa", 0 < kappa < math.inf, "positive and finite with a controller")
         self._require("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "finite, not negative")
         self._require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "positive")
         self._require("angle_every", self.angle_every >= 0, "at least 0")
@@ -121,6 +138,9 @@ _DATA: dict[str, dict[str, Any]] = {
     "images": {"epochs": 100},
 }
 
+# With a controller no lambda is taken from a table: that is its point.
+_CONTROLLED = {"recon_weight": 1.0, "kappa": KAPPA}
+
 # The papers' settings (SNF A.3) but for epochs, and quick ones for digits. There, lambda = 1 lets
 # the angle of fc drift to 30 degrees and back at this learning rate; 10 holds it below 1 and ends
 # nearer to the exact gradient's likelihood.
@@ -166,10 +186,14 @@ def resolve(given: dict[str, Any], earlier: Config | None = None) -> Config:
 
     >>> resolve({"model": "fc", "data": "mnist", "epochs": None, "lr": 0.5}).lr
     0.5
+    >>> resolve({"model": "glow", "data": "mnist", "controller": "relative"}).recon_weight
+    1.0
     """
     asked = {name: value for name, value in given.items() if value is not None}
     if earlier is None:
         usual = defaults(asked["model"], asked["data"])
+        if "controller" in asked:
+            usual |= _CONTROLLED
         own = {**usual.get("model_args", {}), **asked.get("model_args", {})}
         return Config(**{**usual, **asked, "model_args": own})
     if "model_args" in asked:  # asked for in part: the rest stays as it was
