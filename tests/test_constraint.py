@@ -250,7 +250,7 @@ def test_ranks_agree(tmp_path):
     ]
     assert [run.wait(timeout=120) for run in runs] == [0, 0]
     (first, grad), (second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert len(first) == 4
+    assert len(first) == 6
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     assert first["bijections.6.controller.recon_weight"] != 1
