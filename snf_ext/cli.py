@@ -92,7 +92,7 @@ class Train:
     """What moves each layer's lambda to hold its relative reconstruction error; a fixed one if not
     given."""
     kappa: float | None = None
-    """Relative reconstruction error E||e||^2 / E||x||^2 that the controller allows; 1e-2."""
+    """Relative reconstruction error E||e||^2 / E||x||^2 that the controller allows; 2e-3."""
     warmup_epochs: float | None = None
     """Epochs over which the learning rate rises from 0; 10."""
     clip_norm: float | None = None

@@ -16,7 +16,7 @@ from .bijection import Bijection, FlowStep, wide_dtype
 if TYPE_CHECKING:
     from .flow import Flow
 
-KAPPA = 1e-2
+KAPPA = 2e-3
 """The relative error that is allowed if nobody says otherwise: one number for all models of SNF."""
 
 BOUNDS = (1e-2, 1e6)
@@ -132,7 +132,6 @@ class Controller(nn.Module):
 class Fixed(Controller):
     """The same lambda at every step; the error is measured only.
 
-    >>> layer = torch.nn.Identity()
     >>> controller = Fixed(10.0)
     >>> controller(torch.tensor([1.0, 3.0]), torch.ones(2, 5))
     tensor([10., 30.])
