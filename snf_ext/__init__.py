@@ -7,6 +7,15 @@ papers' architectures. Direction: ``forward`` goes from data x to noise z.
 from . import models, ops, reference
 from .backend import backend, build_info, use_backend
 from .bijection import Bijection, FlowStep
+from .constraint import (
+    GECO,
+    AugmentedLagrangian,
+    Controller,
+    Fixed,
+    ModifiedDifferentialMultipliers,
+    Relative,
+    constrain,
+)
 from .flow import Flow
 from .graphed import GraphedStep
 from .layers import (
@@ -55,12 +64,15 @@ from .variational import VariationalBound, variational_bound
 from .version import __version__
 
 __all__ = [
+    "GECO",
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
+    "AugmentedLagrangian",
     "BatchNorm",
     "Bijection",
     "ComponentwiseAffine",
+    "Controller",
     "Debias",
     "Dequantize",
     "Diverged",
@@ -69,6 +81,7 @@ __all__ = [
     "ExactConv2d",
     "ExactLinear",
     "ExponentialConv2d",
+    "Fixed",
     "Flatten",
     "Flow",
     "FlowStep",
@@ -80,12 +93,14 @@ __all__ = [
     "LeakyReLU",
     "LearnableLeakyReLU",
     "Logit",
+    "ModifiedDifferentialMultipliers",
     "Normalize",
     "Penalty",
     "Permutation",
     "PlainConv1x1",
     "RationalQuadraticSpline",
     "Refined",
+    "Relative",
     "RelativeLinear",
     "SelfNormBijection",
     "SelfNormConv2d",
@@ -101,6 +116,7 @@ __all__ = [
     "__version__",
     "backend",
     "build_info",
+    "constrain",
     "coupling_outputs",
     "gradient_angle",
     "initialize",

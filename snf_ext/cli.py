@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import models
 from .backend import BACKENDS, use_backend
+from .constraint import CONTROLLERS, constrain
 from .flow import Flow
 from .training import checkpoint, data, pictures, run
 from .training.angle import left_out, mean_angle
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     OptimizerName: TypeAlias = str
     ObjectiveName: TypeAlias = str
     OnDivergenceName: TypeAlias = str
+    ControllerName: TypeAlias = str
 else:  # the choices that the help lists
     ModelName = Literal[tuple(MODELS)]
     DataName = Literal[tuple(data.LOADERS)]
@@ -54,6 +56,7 @@ else:  # the choices that the help lists
     OptimizerName = Literal[tuple(OPTIMIZERS)]
     ObjectiveName = Literal[OBJECTIVES]
     OnDivergenceName = Literal[ON_DIVERGENCE]
+    ControllerName = Literal[tuple(CONTROLLERS)]
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,12 @@ class Train:
     recon_weight: float | None = None
     """Weight lambda of the reconstruction penalty. If not given there is no penalty, because
     learned inverses are tracked; with --model-args inverse=penalty it is 1 for fc and conv (digits
-    10) and 100 for glow (images 1000)."""
+    10) and 100 for glow (images 1000), with a controller the one that it starts from, 1."""
+    controller: ControllerName | None = None
+    """What moves each layer's lambda to hold its relative reconstruction error; a fixed one if not
+    given. Learned inverses are then trained by the penalty."""
+    kappa: float | None = None
+    """Relative reconstruction error E||e||^2 / E||x||^2 that the controller allows; 2e-3."""
     warmup_epochs: float | None = None
     """Epochs over which the learning rate rises from 0; 10."""
     clip_norm: float | None = None
@@ -240,7 +248,10 @@ def train(options: Train) -> None:
     own = {"event_shape": images.event_shape, "pixel_levels": images.pixel_levels}
     if config.conditional:
         own["context_features"] = images.classes
-    model = {"name": config.model, "settings": own | config.model_args}
+    model: dict[str, Any] = {"name": config.model, "settings": own | config.model_args}
+    if config.controller is not None:
+        start = {"kappa": config.kappa, "recon_weight": config.recon_weight}
+        model["controller"] = {"name": config.controller, "settings": start}
     build_flow(model)  # what does not fit must not leave a folder behind
     folder = folder or run.new_folder(options.run_dir, f"{config.model}-{config.data}")
     print(f"training {config.model} on {config.data}, {config.epochs} epochs, in {folder}")
@@ -329,7 +340,10 @@ def build_flow(model: dict[str, Any]) -> Flow:
         raise UserError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
     settings["event_shape"] = tuple(settings.get("event_shape", ()))
     try:
-        return MODELS[name](**settings)
+        flow = MODELS[name](**settings)
+        if held := model.get("controller"):
+            constrain(flow, CONTROLLERS[held["name"]](**held["settings"]))
+        return flow
     except UserError:  # a missing extra: the line says it all
         raise
     except (TypeError, ValueError) as error:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..bijection import Bijection, FlowStep, per_sample_sum, wide_dtype
+from ..constraint import Controller, weighted
 from ..jacobian import EventMap, jacobian, orthonormal_probes, pulled, pushed
 from ..newton import newton_inverse
 from ..reference.autocast import without_autocast
@@ -88,6 +89,7 @@ class SelfNormBijection(Bijection):
     """
 
     refines = True
+    controller: Controller | None
 
     def __init__(
         self,
@@ -109,10 +111,13 @@ class SelfNormBijection(Bijection):
             raise ValueError(f"jvp_weight must be finite and not negative; got {jvp_weight}")
         self.f, self.g = f, g
         self.probes, self.jvp_weight = probes, jvp_weight
+        self.register_module("controller", None)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         """``z = f(x)``; ``log_det`` a surrogate in training mode, else exact."""
-        return self._surrogate_forward(x) if self.training else self.exact_forward(x)
+        if not self.training:
+            return self.exact_forward(x)
+        return weighted(self._surrogate_forward(x), self.controller, x)
 
     def exact_forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         check_events(x, "x", self.event_shape)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import exact, tracking
 from ..bijection import Bijection, FlowStep, wide_dtype
+from ..constraint import Controller, weighted
 from ..reference.autocast import without_autocast
 from ..refine import Refined, checked_steps, refined
 from .debias import Debias, with_gradient
@@ -29,12 +30,14 @@ class LearnedInverse(Bijection):
     weight: nn.Parameter
     weight_inv: nn.Parameter
     bias: nn.Parameter | None
+    controller: Controller | None
 
     def __init__(self, inverse: str | Upkeep, debias: int | Debias) -> None:
         super().__init__()
         self.upkeep = checked_upkeep(inverse)
         self.debias = (debias if isinstance(debias, Debias) else Debias(debias)).checked()
         self._cache = exact.FactorizationCache()
+        self.register_module("controller", None)
         self.held = False  # whether others call keep_up, and training does not
         self._due = torch.tensor(0)  # steps to the next fit; on the CPU, wherever the weights are
         self._image: tuple[int, ...] = ()  # size of the last batch's images
@@ -60,7 +63,7 @@ class LearnedInverse(Bijection):
             if not self.held:
                 self.keep_up()
             self._make_right_on(x.detach(), self.upkeep)
-        step = self._step(x)
+        step = weighted(self._step(x), self.controller, x)
         if not (learns and self.debias.terms):
             return step
         with torch.no_grad():

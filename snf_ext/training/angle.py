@@ -71,6 +71,7 @@ def gradient_angle(flow: Flow, x: Tensor, context: Tensor | None = None) -> dict
         return step._replace(log_det=step.log_det.detach())
 
     for layer in layers.values():
+        layer.controller = None  # whose sums over ranks wait for all of them
         layer.register_forward_hook(set_aside)
     shares = [layer.gradient_share for layer in layers.values()]
     share_of_data = [torch.zeros_like(weight) for weight in weights]

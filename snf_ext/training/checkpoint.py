@@ -4,7 +4,8 @@ A checkpoint is a dictionary of tensors, numbers and strings, written by ``torch
 with ``weights_only=True``: reading one never runs code from it.
 
     format, version   what it is
-    model             {"name": ..., "settings": {...}}, enough to build the flow again
+    model             {"name": ..., "settings": {...}}, enough to build the flow again; where its
+                      layers have controllers, "controller" with the same two of these
     state             the flow's state_dict
     epoch, val_nll    finished epochs; exact validation NLL in nats
     config            the run's settings

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ..constraint import CONTROLLERS, KAPPA
 from .errors import UserError
 from .optimizers import OPTIMIZERS
 
@@ -25,7 +26,11 @@ class Config:
         epochs: how many times the training images are seen.
         batch_size: images a step; the last step of an epoch may have fewer.
         lr: learning rate after warm-up.
-        recon_weight: lambda, the weight of the reconstruction penalty.
+        recon_weight: lambda, the weight of the reconstruction penalty; with a controller the one
+            that it starts from.
+        controller: what moves each layer's lambda, a name in the table of controllers; None for
+            one lambda that stays.
+        kappa: the relative reconstruction error that it allows; None without one.
         warmup_epochs: the learning rate rises from 0 step by step over that many epochs.
         clip_norm: largest gradient norm, None to leave it.
         seed: of initialisation, order and noise.
@@ -57,6 +62,8 @@ class Config:
     lr: float
     recon_weight: float
     warmup_epochs: float
+    controller: str | None = None
+    kappa: float | None = None
     clip_norm: float | None = None
     seed: int = 0
     shuffle: bool = True
@@ -78,6 +85,16 @@ class Config:
         self._require("batch_size", self.batch_size >= 1, "at least 1")
         self._require("lr", 0 < self.lr < math.inf, "positive and finite")
         self._require("recon_weight", 0 <= self.recon_weight < math.inf, "finite, not negative")
+        self._require(
+            "controller",
+            self.controller in (None, *CONTROLLERS),
+            f"one of {', '.join(CONTROLLERS)}",
+        )
+        if self.controller is None:
+            self._require("kappa", self.kappa is None, "left out without a controller")
+        else:
+            kappa = self.kappa or 0.0
+            self._require("kappa", 0 < kappa < math.inf, "positive and finite with a controller")
         self._require("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "finite, not negative")
         self._require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "positive")
         self._require("angle_every", self.angle_every >= 0, "at least 0")
@@ -147,9 +164,12 @@ _DATA: dict[str, dict[str, Any]] = {
 # The argument of each model that names its mixing layers, of which "self_norm" learns inverses.
 LAYERS = {"fc": "linear", "conv": "conv", "glow": "mixing"}
 
-# How those are kept where nobody asked otherwise. Who names a weight of the penalty, or rollbacks
-# which raise it, wants the penalty, as the papers have it.
+# How those are kept where nobody asked otherwise. Who names a weight of the penalty, or what moves
+# it, wants the penalty, as the papers have it.
 INVERSE = "tracked"
+
+# With a controller no lambda is taken from a table: that is its point.
+_CONTROLLED = {"recon_weight": 1.0, "kappa": KAPPA}
 
 # The papers' settings (SNF A.3) but for epochs, and quick ones for digits. There, lambda = 1 lets
 # the angle of fc drift to 30 degrees and back at this learning rate; 10 holds it below 1 and ends
@@ -187,7 +207,8 @@ def _learns_freely(asked: dict[str, Any], model_args: dict[str, Any]) -> bool:
     """Whether the model learns inverses, and nothing asks for the penalty."""
     layers = LAYERS.get(asked["model"])
     learns = layers is not None and model_args.get(layers, "self_norm") == "self_norm"
-    return learns and "recon_weight" not in asked and asked.get("on_divergence") != "rollback"
+    weighs = {"recon_weight", "controller"} & asked.keys()
+    return learns and not weighs and asked.get("on_divergence") != "rollback"
 
 
 def resolve(given: dict[str, Any], earlier: Config | None = None) -> Config:
@@ -203,10 +224,14 @@ def resolve(given: dict[str, Any], earlier: Config | None = None) -> Config:
 
     >>> resolve({"model": "fc", "data": "mnist", "epochs": None, "lr": 0.5}).lr
     0.5
+    >>> resolve({"model": "glow", "data": "mnist", "controller": "relative"}).recon_weight
+    1.0
     """
     asked = {name: value for name, value in given.items() if value is not None}
     if earlier is None:
         usual = defaults(asked["model"], asked["data"])
+        if "controller" in asked:
+            usual |= _CONTROLLED
         own = {**usual.get("model_args", {}), **asked.get("model_args", {})}
         if _learns_freely(asked, own):
             own = {"inverse": INVERSE, **own}

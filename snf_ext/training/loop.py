@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ..constraint import controllers
 from ..flow import Flow
 from ..layers.actnorm import ActNorm, initialize
 from . import checkpoint
@@ -56,6 +57,11 @@ class Trainer:
         recon           reconstruction error on the first validation images
         angle           between the self-normalizing and the exact gradient there, degrees; or None
         seconds         time spent in training steps so far
+
+    and, where layers have controllers, means over these at the end of the epoch:
+
+        recon_weight    lambda
+        relative_error  E||e||^2 / E||x||^2 in the last training batches; None in row 0
 
     Args:
         flow: on the device where it shall train.
@@ -300,6 +306,8 @@ class Trainer:
             shown["angle"] = angles[-1]
         if self.monitor and self.monitor.angles:
             shown["step_angle"] = mean_angle(self.monitor.angles)
+        if "recon_weight" in row:
+            shown |= {"lambda": row["recon_weight"], "error": row["relative_error"]}
         state.metrics = shown
 
     def _finish_epoch(self, row: dict[str, Any]) -> None:
@@ -341,6 +349,10 @@ class Trainer:
         row["val_bits_per_dim"] = bits_per_dim(row["val_nll"], self.flow.event_shape)
         if not math.isfinite(row["val_nll"]):
             raise self._diverged(f"the validation NLL is {row['val_nll']}", *where)
+        if held := controllers(self.flow).values():
+            row["recon_weight"] = sum(c.recon_weight.item() for c in held) / len(held)
+            error = sum(c.error.item() for c in held) / len(held)
+            row["relative_error"] = error if math.isfinite(error) else None
         row["angle"] = None
         every = self.config.angle_every
         if every and row["epoch"] % every == 0:

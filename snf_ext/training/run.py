@@ -102,7 +102,7 @@ def train(
     """Train, then measure the best epoch on the test images and draw pictures.
 
     Args:
-        config: settings; ``recon_weight`` is given to the flow.
+        config: settings; ``recon_weight`` is given to the flow, unless that has controllers.
         data: images.
         model: what ``build`` makes the flow from; stored in the checkpoints.
         build: makes a flow.
@@ -122,7 +122,8 @@ def train(
     device = device or torch.device("cpu")
     with seeded(device, config.seed, "initialize"):
         flow = build(model).to(device)
-    flow.recon_weight = config.recon_weight
+    if config.controller is None:
+        flow.recon_weight = config.recon_weight
     if (config.angle_every or config.monitor_every) and (note := left_out(flow)):
         print(note, file=sys.stderr)
     trainer = Trainer(flow, model, data, config, folder, progress)
