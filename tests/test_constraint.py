@@ -422,7 +422,9 @@ def test_bad_controllers_and_flows():
     with pytest.raises(TypeError, match="controller must be a Controller; got float"):
         snf_ext.constrain(snf_ext.models.fc((1, 2, 2)), 1.0)
     exact = snf_ext.models.fc((1, 2, 2), linear="exact")
-    with pytest.raises(ValueError, match="flow must have a layer that learns its inverse"):
+    with pytest.raises(ValueError, match="flow must have a layer whose inverse is trained by"):
+        snf_ext.constrain(snf_ext.models.fc((1, 2, 2), inverse="tracked"), snf_ext.Relative())
+    with pytest.raises(ValueError, match="flow must have a layer whose inverse is trained by"):
         snf_ext.constrain(exact, snf_ext.Relative())
     with pytest.raises(TypeError, match="controller"):
         snf_ext.SelfNormLinear(2).controller = 1.0
