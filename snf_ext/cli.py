@@ -22,6 +22,7 @@ from .flow import Flow
 from .training import checkpoint, data, pictures, run
 from .training.angle import left_out, mean_angle
 from .training.arguments import keyword_arguments
+from .training.bound import NoiseBound, noise_bound
 from .training.config import OBJECTIVES, ON_DIVERGENCE, Config, resolve
 from .training.context import context_of
 from .training.errors import Diverged, UserError, require
@@ -157,6 +158,9 @@ class Evaluate:
     """Which images."""
     seed: int | None = None
     """Seed of the dequantization noise; the run's if not given."""
+    noise: float | None = None
+    """Standard deviation of noise in model space: prints the variational bound of an encoder and a
+    decoder with that noise beside the exact likelihood."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: cuda where there is one."""
     backend: BackendName | None = None
@@ -271,6 +275,8 @@ def train(options: Train) -> None:
 
 def evaluate(options: Evaluate) -> None:
     """``snf-ext evaluate``."""
+    if options.noise is not None and not 0 < options.noise < math.inf:
+        raise UserError(f"noise must be positive and finite; got {options.noise}")
     flow, config, levels = _load_flow(options.checkpoint, options.device)
     images = data.load(options.data or config.data, options.data_dir, config.conditional)
     if (images.event_shape, images.pixel_levels) != (flow.event_shape, levels):
@@ -287,10 +293,13 @@ def evaluate(options: Evaluate) -> None:
     seed = config.seed if options.seed is None else options.seed
     if note := left_out(flow):
         print(note, file=sys.stderr)
-    result, angle = run.measure(flow, split, seed, context_of(flow, images.labels(options.split)))
+    context = context_of(flow, images.labels(options.split))
+    result, angle = run.measure(flow, split, seed, context)
     if not math.isfinite(result.nll):
         raise Diverged(f"the NLL of {options.checkpoint} on {images.name} is {result.nll}")
     _report(options.split, asdict(result), mean_angle(angle))
+    if options.noise is not None:
+        _report_bound(options.split, noise_bound(flow, split, options.noise, seed, context))
 
 
 def sample(options: Sample) -> None:
@@ -441,3 +450,10 @@ def _report(split: str, result: dict[str, Any], angle: float | None) -> None:
     )
     if angle is not None:
         print(f"angle between self-normalizing and exact gradient: {angle:.3f} degrees")
+
+
+def _report_bound(split: str, result: NoiseBound) -> None:
+    print(
+        f"{split} NLL bound with noise {result.sigma:g}: {result.bound:.2f} nats (standard error "
+        f"{result.error:.2g}), {result.bound - result.nll:+.2f} to the exact {result.nll:.2f}"
+    )

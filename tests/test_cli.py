@@ -98,6 +98,25 @@ def test_evaluate_repeats_the_training_commands_figures(trained, capsys):
     assert capsys.readouterr().out.startswith(f"val NLL: {best['val_nll']:.2f} nats")
 
 
+def test_noise_bound_stands_beside_the_exact_likelihood(trained, capsys):
+    best = trained[0] / "best.pt"
+    gaps = {}
+    for sigma in (1e-3, 0.1):
+        run("evaluate", "--checkpoint", best, "--noise", sigma)
+        nll, reconstruction, _, line = capsys.readouterr().out.splitlines()
+        found = re.match(
+            rf"test NLL bound with noise {sigma:g}: (\S+) nats \(.*\), (\S+) to the exact (\S+)$",
+            line,
+        )
+        bound, gaps[sigma], exact = map(float, found.groups())
+        assert nll.startswith(f"test NLL: {exact:.2f} nats")
+        assert bound - exact == pytest.approx(gaps[sigma], abs=0.011)
+    # Little noise costs what the learned inverse lacks.
+    missing = float(re.match(r"reconstruction error: (\S+)", reconstruction).group(1))
+    assert gaps[1e-3] == pytest.approx(missing / 2e-6, rel=0.05)
+    assert gaps[0.1] < 1e-3 * gaps[1e-3]
+
+
 def test_sample(trained, tmp_path, capsys):
     from matplotlib.image import imread
 
@@ -411,6 +430,14 @@ BAD = {
     "file in the way": ("train --run-dir full/file/a", "run folder full/file/a must be writable"),
     "no checkpoint": ("evaluate --checkpoint nope.pt", "nope.pt does not exist; a checkpoint must"),
     "bad checkpoint": ("evaluate --checkpoint full/file", "full/file must be a checkpoint of snf"),
+    "noise": (
+        "evaluate --checkpoint full/file --noise 0",
+        "noise must be positive and finite; got 0.0",
+    ),
+    "endless noise": (
+        "evaluate --checkpoint full/file --noise inf",
+        "noise must be positive and finite; got inf",
+    ),
     "sample of what": ("sample --checkpoint full/file", "full/file must be a checkpoint of snf"),
     "count": ("sample --checkpoint full/file --count 0", "count must be at least 1; got 0"),
     "temperature": (

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 import snf_ext
 from snf_ext.training import angle, evaluate
 from snf_ext.training.angle import gradient_angle, left_out, mean_angle, too_large
+from snf_ext.training.bound import noise_bound
+from snf_ext.training.evaluate import negative_log_likelihood
 
 SHAPE = (1, 2, 3)
 
@@ -290,3 +292,21 @@ def test_large_convolutions_have_no_angle_and_say_so(monkeypatch):
     )
     assert left_out(snf_ext.Flow([snf_ext.SelfNormConv2d(1, 3)], (1, 28, 28))) is None
     assert left_out(linear_flow(2, exact_inverse=True)) is None
+
+
+def test_noise_bound_is_the_definition_behind_dequantization():
+    """On a flow of one linear layer, in closed form, the Jacobian of preprocessing counted."""
+    flow = snf_ext.models.fc((1, 2, 2), layers=1, pixel_levels=17)
+    layer = flow.bijections[-1]
+    with torch.no_grad():
+        layer.weight.add_(0.2 * torch.randn(4, 4))
+        layer.weight_inv.copy_(layer.weight.inverse())
+    images, sigma = torch.randint(17, (600, 1, 2, 2), dtype=torch.uint8), 0.3
+    result = noise_bound(flow, images, sigma, seed=3, samples=50)
+    assert result.nll == pytest.approx(negative_log_likelihood(flow, images, 3).mean().item())
+    # For an exact inverse: the mean of log N(W (u + sigma n)), lower by sigma^2 ||W||^2 / 2.
+    gap = sigma**2 * layer.weight.square().sum().item() / 2
+    assert result.error < 0.05 * gap
+    assert abs(result.bound - result.nll - gap) < 4 * result.error
+    with pytest.raises(ValueError, match="sigma must be positive and finite; got 0"):
+        noise_bound(flow, images, 0.0)

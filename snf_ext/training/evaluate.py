@@ -59,9 +59,9 @@ def negative_log_likelihood(
     Dequantization noise comes from ``seed`` alone, so figures of one set can be compared; the
     caller's random numbers and the flow's mode are left as they were.
     """
-    with _measuring(flow, images, seed):
+    with measuring(flow, images, seed):
         return torch.cat(
-            [-flow.log_prob(x, c).double().cpu() for x, c in _batches(flow, images, context)]
+            [-flow.log_prob(x, c).double().cpu() for x, c in batches_of(flow, images, context)]
         )
 
 
@@ -71,8 +71,8 @@ def reconstruction_error(
     """``(reconstruction, layer_recon)`` as in :class:`Evaluation`."""
     total, count = 0.0, len(images)
     before, rest = split_preprocessing(flow)
-    with _measuring(flow, images, seed), _layer_recon(flow) as layers:
-        for x, c in _batches(flow, images, context):
+    with measuring(flow, images, seed), _layer_recon(flow) as layers:
+        for x, c in batches_of(flow, images, context):
             u = push(before, x, c, exact=False).z
             back = pull(rest, push(rest, u, c, exact=False).z, c, exact=False)
             total += (back - u).double().square().sum().item()
@@ -140,13 +140,14 @@ def device_of(flow: Flow) -> torch.device:
     return next((p.device for p in flow.parameters()), torch.device("cpu"))
 
 
-def _batches(flow: Flow, images: Tensor, context: Tensor | None) -> Iterator[Batch]:
+def batches_of(flow: Flow, images: Tensor, context: Tensor | None) -> Iterator[Batch]:
+    """Always the same ones, on the flow's device."""
     for x, c in split(images, context, BATCH):
         yield Batch(x.to(device_of(flow)), c)
 
 
 @contextmanager
-def _measuring(flow: Flow, images: Tensor, seed: int) -> Iterator[None]:
+def measuring(flow: Flow, images: Tensor, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradients, own random numbers; everything put back at the end."""
     if not len(images):
         raise ValueError("images must be at least one; got none")
