@@ -32,6 +32,8 @@ def fit_inverse_(weight_inv: Tensor, weight: Tensor) -> None:
 def project_inverse_(weight_inv: Tensor, weight: Tensor, x: Tensor) -> None:
     """Change R as little as possible so that it undoes W on some samples x, in place.
 
+    Samples that are not finite change nothing.
+
         R <- R + (X' - R Y') (Y Y')^-1 Y        with Y = X W'
 
     the smallest change (in Frobenius norm) after which ``R W x = x`` for each row x of X. On random
@@ -53,7 +55,9 @@ def project_inverse_(weight_inv: Tensor, weight: Tensor, x: Tensor) -> None:
         x, r = x.to(wide), weight_inv.to(wide)  # r is R itself, but for half precision
         y = x @ weight.to(wide).T
         missing = torch.addmm(x, y, r.T, alpha=-1)
-        r.addmm_(_solved(y @ y.T, missing).T, y)
+        change = _solved(y @ y.T, missing)
+        sound = change.isfinite().all() & y.isfinite().all()
+        r.addmm_(torch.where(sound, change, 0).T, torch.where(sound, y, 0))
     if r.dtype != weight_inv.dtype:
         weight_inv.copy_(r)
 

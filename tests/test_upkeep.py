@@ -118,6 +118,16 @@ def test_samples_between_fits(samples):
     assert layer.weight_inv.isfinite().all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])
+def test_samples_that_are_not_finite_change_nothing(bad):
+    layer, x, _ = make("linear", inverse=Tracked(every=1000))
+    layer(x)
+    before = layer.weight_inv.detach().clone()
+    x[1, 2] = bad
+    layer(x)
+    assert torch.equal(layer.weight_inv, before)
+
+
 def test_a_singular_value_near_zero_pushes_back():
     """Between fits samples hold W where the exact gradient does; without them it goes past 0."""
     layers = {
