@@ -111,7 +111,7 @@ class SelfNormBijection(Bijection):
             raise ValueError(f"jvp_weight must be finite and not negative; got {jvp_weight}")
         self.f, self.g = f, g
         self.probes, self.jvp_weight = probes, jvp_weight
-        self.register_module("controller", None)
+        self.controller = None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         """``z = f(x)``; ``log_det`` a surrogate in training mode, else exact."""

@@ -37,7 +37,7 @@ class LearnedInverse(Bijection):
         self.upkeep = checked_upkeep(inverse)
         self.debias = (debias if isinstance(debias, Debias) else Debias(debias)).checked()
         self._cache = exact.FactorizationCache()
-        self.register_module("controller", None)
+        self.controller = None
         self.held = False  # whether others call keep_up, and training does not
         self._due = torch.tensor(0)  # steps to the next fit; on the CPU, wherever the weights are
         self._image: tuple[int, ...] = ()  # size of the last batch's images
