@@ -98,8 +98,12 @@ def test_evaluate_repeats_the_training_commands_figures(trained, capsys):
     assert capsys.readouterr().out.startswith(f"val NLL: {best['val_nll']:.2f} nats")
 
 
-def test_noise_bound_stands_beside_the_exact_likelihood(trained, capsys):
-    best = trained[0] / "best.pt"
+def test_noise_bound_stands_beside_the_exact_likelihood(trained, tmp_path, capsys):
+    content = checkpoint.load(trained[0] / "best.pt")
+    for name, value in content["state"].items():
+        if name.endswith("weight_inv"):
+            value.mul_(1.003)  # tracked, it is the inverse, and the bound the exact value
+    checkpoint.save(best := tmp_path / "best.pt", content)
     gaps = {}
     for sigma in (1e-3, 0.1):
         run("evaluate", "--checkpoint", best, "--noise", sigma)
@@ -113,7 +117,7 @@ def test_noise_bound_stands_beside_the_exact_likelihood(trained, capsys):
         assert bound - exact == pytest.approx(gaps[sigma], abs=0.011)
     # Little noise costs what the learned inverse lacks.
     missing = float(re.match(r"reconstruction error: (\S+)", reconstruction).group(1))
-    assert gaps[1e-3] == pytest.approx(missing / 2e-6, rel=0.05, abs=0.02)
+    assert gaps[1e-3] == pytest.approx(missing / 2e-6, rel=0.05)
     assert gaps[0.1] < 1e-3 * gaps[1e-3]
 
 
