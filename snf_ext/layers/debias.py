@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,44 +72,33 @@ def correction(
 
     Cost: K products with W and K + 1 with R, of P samples.
     """
-    power, total, weight = v, None, 1.0
-    size = before = _norm(v)
-    image = backward(power)
+    power = before = v
+    image, total, weight = backward(power), None, 1.0
     taken = 0
     while taken < how.terms or (how.roulette and float(torch.rand(())) < how.roulette):
         if taken >= how.terms:
             weight /= how.roulette
-        power = power - forward(image)
+        before, power = power, power - forward(image)
         image = backward(power)
-        total = weight * image if total is None else total + weight * image
-        before, size = size, _norm(power)
+        term = image if weight == 1 else weight * image
+        total = term if total is None else total + term
         taken += 1
     assert total is not None
-    growth = size / before.clamp(min=torch.finfo(size.dtype).tiny)
+    smallest = torch.finfo(v.dtype).tiny
+    growth = _norm(power) / _norm(before).clamp(min=smallest)
     return Correction(v, torch.where(growth < 1, total, 0), growth)
 
 
 def signs(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Independent random signs of the dtype and on the device of ``like``."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_().mul_(2).sub_(1)
+    drawn = torch.empty(shape, dtype=like.dtype, device=like.device).uniform_(-1, 1)
+    return torch.copysign(torch.ones_like(drawn), drawn)
 
 
 def with_gradient(log_det: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
     """``log_det``, which also gives ``weight`` ``gradient`` for each of its elements."""
-    return log_det + _Extra.apply(weight, gradient, log_det.detach())
-
-
-class _Extra(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, gradient: Tensor, like: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return torch.zeros_like(like)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return grad.sum().to(gradient) * gradient, None, None
+    linear = torch.dot(weight.to(gradient).flatten(), gradient.flatten())
+    return log_det + (linear - linear.detach())
 
 
 def _norm(x: Tensor) -> Tensor:

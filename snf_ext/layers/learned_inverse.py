@@ -67,7 +67,7 @@ class LearnedInverse(Bijection):
         if not (learns and self.debias.terms):
             return step
         with torch.no_grad():
-            gradient = self.gradient_share * self._what_the_inverse_lacks(x)
+            gradient = self._what_the_inverse_lacks(x)
         return step._replace(log_det=with_gradient(step.log_det, self.weight, gradient))
 
     def exact_forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
@@ -162,7 +162,7 @@ class LearnedInverse(Bijection):
         raise NotImplementedError
 
     def _what_the_inverse_lacks(self, x: Tensor) -> Tensor:
-        """An estimate of the gradient of log |det W| less the learned inverse's term."""
+        """W's share of an estimate of the gradient of log |det W| less the learned inverse's."""
         raise NotImplementedError
 
     def refine_inverse(self, z: Tensor, steps: int) -> Refined:

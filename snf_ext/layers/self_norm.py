@@ -117,7 +117,7 @@ class SelfNormLinear(LearnedInverse):
         with without_autocast(x.device):
             v = signs((self.debias.probes, self.features), weight)
             found = correction(v, lambda x: x @ weight.T, lambda y: y @ inverse.T, self.debias)
-            return (found.v.T @ found.u / len(v)).to(self.weight)
+            return (self.gradient_share / len(v) * found.v).T @ found.u
 
     def _factorization(self, x: Tensor | None = None) -> exact.Factorization:
         return self._cache.get(self.weight, None, lambda: exact.factorize_linear(self.weight))
@@ -300,7 +300,7 @@ class SelfNormConv2d(LearnedInverse):
                 self.debias,
             )
             summed = ops.conv2d_weight_gradient(found.v, found.u, weight, *geometry)
-            return (summed / len(v)).to(self.weight)
+            return self.gradient_share / len(v) * summed
 
     def _factorization_for(self, spatial_shape: tuple[int, int]) -> exact.Factorization:
         return self._cache.get(
