@@ -31,6 +31,10 @@ def namespace():
 def test_python_blocks_run(namespace):
     assert namespace["log_det"].shape == namespace["recon"].shape == (32,)
     assert namespace["layer"].weight_inv.grad.abs().max() > 0
+    assert not namespace["tracked"].weight_inv.requires_grad
+    assert all(
+        c.recon_weight > 0 for c in snf_ext.constraint.controllers(namespace["held"]).values()
+    )
     torch.testing.assert_close(namespace["true"], namespace["x"], rtol=0, atol=1e-4)
     torch.testing.assert_close(namespace["near"], namespace["x"], rtol=0, atol=1e-5)
     assert namespace["residual"].max() < 1e-6
