@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,22 @@ def measure(image: tuple[int, int, int], distance: float) -> list[dict[str, Any]
         }
         for name, rows in found.items()
     ]
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """A line an image size and distance, a column a candidate: residual and angle."""
+    lines = [
+        "| image | s | " + " | ".join(CANDIDATES) + " |",
+        "|" + (2 + len(CANDIDATES)) * "---|",
+    ]
+    cells: dict[tuple[str, float], list[str]] = {}
+    for row in record["rows"]:
+        key = ("×".join(map(str, row["image"])), row["distance"])
+        cells.setdefault(key, []).append(f"{row['residual']:.2g}, {row['angle_deg']:.2g}°")
+    lines += [
+        f"| {image} | {s:g} | " + " | ".join(found) + " |" for (image, s), found in cells.items()
+    ]
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -42,6 +42,7 @@ from .mnist import read_images
 
 BATCH, WARM_UP, EPOCH = 100, 5000, 500
 SAMPLES, ANGLE_IMAGES, ANGLE_STEPS = 200, 50, 100
+SHOWN = 8  # points of a table
 CPU = torch.device("cpu")
 
 
@@ -275,21 +276,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row["environment"] = report.environment(command)
             record["rows"].append(row)
             report.write_json(args.out, record)
-    _print(record)
+    print(table(record))
     return 0
 
 
-def _print(record: Mapping[str, Any]) -> None:
-    """Mean over seeds of the NLL at each point, a line a method."""
-    methods = dict.fromkeys(row["method"] for row in record["rows"])
-    for name in methods:
-        rows = [row for row in record["rows"] if row["method"] == name]
-        columns = zip(*([point["nll"] for point in row["points"]] for row in rows), strict=False)
-        means = [
-            f"{sum(column) / len(column):9.1f}" if None not in column else f"{'-':>9}"
-            for column in columns
-        ]
-        print(f"{name:<24}{len(rows)} seeds {''.join(means)}")
+def table(record: Mapping[str, Any]) -> str:
+    """Means over seeds, a line a method; with the exact gradient there, the distance from it."""
+    seeds: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        seeds.setdefault(row["method"], {})[row["seed"]] = row
+    longest = max((row["points"] for row in record["rows"]), key=len)
+    steps = [point["step"] for point in longest]
+    shown = steps if len(steps) <= SHOWN else [steps[int(i)] for i in _spread(len(steps))]
+    head = ["method", "seeds", *(f"{step}" for step in shown)]
+    lines = [
+        "| "
+        + " | ".join([*head, "most off exact", "error", "back by learned", "refined", "exact"])
+        + " |",
+        "|" + (len(head) + 5) * "---|",
+    ]
+    exact = seeds.get("exact", {})
+    for name, rows in seeds.items():
+        nll = [_mean([_at(row, step) for row in rows.values()], 1) for step in shown]
+        off = [_furthest(row, exact[seed]) for seed, row in rows.items() if seed in exact]
+        last = [row["points"][-1] for row in rows.values()]
+        worst = [max(p["relative_error"].values()) for p in last if p.get("relative_error")]
+        back = [row["samples"] for row in rows.values() if row["samples"]]
+        cells = [name, str(len(rows)), *nll]
+        cells.append(f"{max(off):.2%}" if off and name != "exact" else "")
+        cells.append(f"{max(worst):.2g}" if worst else "")
+        for way in ("learned", "refined", "exact"):
+            found = max((b[way] for b in back), default=math.nan)
+            cells.append(f"{found:.2g}" if worst or way == "exact" else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(count: int) -> list[float]:
+    """Which of ``count`` points a table has room for: closer together where training is young."""
+    return [round((count - 1) * (i / (SHOWN - 1)) ** 1.5) for i in range(SHOWN)]
+
+
+def _at(row: Mapping[str, Any], step: int) -> float | None:
+    return next((p["nll"] for p in row["points"] if p["step"] == step), None)
+
+
+def _mean(values: Sequence[float | None], digits: int) -> str:
+    finite = [value for value in values if value is not None]
+    return f"{sum(finite) / len(finite):.{digits}f}" if len(finite) == len(values) else "-"
+
+
+def _furthest(row: Mapping[str, Any], exact: Mapping[str, Any]) -> float:
+    """The largest relative distance of the NLL from the exact gradient's at any point."""
+    pairs = [(p["nll"], _at(exact, p["step"])) for p in row["points"]]
+    return max(
+        abs(nll - other) / other if nll is not None and other else math.inf for nll, other in pairs
+    )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -94,6 +94,18 @@ def measure(model: str, rounds: int, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
+def table(record: Mapping[str, Any]) -> str:
+    """A line a variant."""
+    lines = ["| variant | ms a step (quartiles) | of the penalty's |", "|---|---|---|"]
+    lines += [
+        f"| {row['variant']} | {row['step_s'] * 1e3:.1f} "
+        f"({row['step_q1_s'] * 1e3:.1f} to {row['step_q3_s'] * 1e3:.1f}) "
+        f"| {row['over_penalty']:.2f} |"
+        for row in record["rows"]
+    ]
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.inverse_time")
     parser.add_argument("model", choices=MODELS)

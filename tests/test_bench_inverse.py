@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,3 +103,24 @@ def test_shapes(monkeypatch):
     residuals = [rows[name]["residual"] for name in order]
     assert residuals == sorted(residuals, reverse=True)
     assert rows["7x7"]["angle_deg"] < rows["3x3"]["angle_deg"] / 2
+
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = {
+    "inverse-kept-fc-cpu.json": inverse_study,
+    "inverse-kept-conv-cpu.json": inverse_study,
+    "inverse-time-fc-cpu.json": inverse_time,
+    "inverse-time-conv-cpu.json": inverse_time,
+    "inverse-shapes-cpu.json": inverse_shapes,
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_documented_figures_are_those_of_the_file(file):
+    page = ROOT / "docs" / "choosing.md"
+    if not page.exists():
+        pytest.skip("no docs beside these tests")
+    record = json.loads((ROOT / "bench" / "results" / file).read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    assert file in text
+    assert FILES[file].table(record) in text
