@@ -21,7 +21,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,24 @@ def judged(row: dict[str, Any], kappa: float) -> dict[str, Any]:
         "falls": any(b < a for a, b in pairs),
         "last_recon_weight": trace["recon_weight"][-1] if trace["recon_weight"] else None,
     }
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """A line a run."""
+    lines = [
+        f"| run | exact NLL | largest error after step {SETTLED}, of κ | λ at the end |",
+        "|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        nll = "diverged" if row["nll"] is None else f"{row['nll']:.1f}"
+        error = row["largest_error_in_kappa"]
+        weights = row["last_recon_weight"] or [math.nan]
+        moves = " and ".join(word for word in ("rises", "falls") if row[word]) or "fixed"
+        lines.append(
+            f"| {row['run']} | {nll} | {'' if error is None else f'{error:.3g}'} "
+            f"| {min(weights):.2g} to {max(weights):.2g}, {moves} |"
+        )
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
