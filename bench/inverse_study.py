@@ -303,7 +303,7 @@ def table(record: Mapping[str, Any]) -> str:
         worst = [max(p["relative_error"].values()) for p in last if p.get("relative_error")]
         back = [row["samples"] for row in rows.values() if row["samples"]]
         cells = [name, str(len(rows)), *nll]
-        cells.append(f"{max(off):.2%}" if off and name != "exact" else "")
+        cells.append(f"{max(off):.3%}" if off and name != "exact" else "")
         cells.append(f"{max(worst):.2g}" if worst else "")
         for way in ("learned", "refined", "exact"):
             found = max((b[way] for b in back), default=math.nan)
