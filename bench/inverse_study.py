@@ -281,19 +281,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """Means over seeds, a line a method; with the exact gradient there, the distance from it."""
+    """A line a method: means over seeds, and the worst of them.
+
+    The NLL after so many steps; how far it is at most from the exact gradient's run of the same
+    seed, at any measurement; the gradient angle, mean over layers and the last 100 steps; the
+    largest relative reconstruction error of a layer; and that of images that went to noise and come
+    back by each inverse.
+    """
     seeds: dict[str, dict[int, dict[str, Any]]] = {}
     for row in record["rows"]:
         seeds.setdefault(row["method"], {})[row["seed"]] = row
     longest = max((row["points"] for row in record["rows"]), key=len)
     steps = [point["step"] for point in longest]
     shown = steps if len(steps) <= SHOWN else [steps[int(i)] for i in _spread(len(steps))]
-    head = ["method", "seeds", *(f"{step}" for step in shown)]
+    head = ["method", "seeds", *(f"{step}" for step in shown), "most off exact", "angle", "error"]
+    ways = ("learned", "refined", "exact")
     lines = [
-        "| "
-        + " | ".join([*head, "most off exact", "error", "back by learned", "refined", "exact"])
-        + " |",
-        "|" + (len(head) + 5) * "---|",
+        "| " + " | ".join([*head, *ways]) + " |",
+        "|" + (len(head) + len(ways)) * "---|",
     ]
     exact = seeds.get("exact", {})
     for name, rows in seeds.items():
@@ -304,8 +309,10 @@ def table(record: Mapping[str, Any]) -> str:
         back = [row["samples"] for row in rows.values() if row["samples"]]
         cells = [name, str(len(rows)), *nll]
         cells.append(f"{max(off):.3%}" if off and name != "exact" else "")
+        angles = [row["angle_deg"] for row in rows.values() if row["angle_deg"] is not None]
+        cells.append(f"{sum(angles) / len(angles):.2g}°" if angles else "")
         cells.append(f"{max(worst):.2g}" if worst else "")
-        for way in ("learned", "refined", "exact"):
+        for way in ways:
             found = max((b[way] for b in back), default=math.nan)
             cells.append(f"{found:.2g}" if worst or way == "exact" else "")
         lines.append("| " + " | ".join(cells) + " |")
