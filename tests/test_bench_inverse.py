@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import inverse_shapes, inverse_study, inverse_time
+from bench import controllers, inverse_shapes, inverse_study, inverse_time
 
 SMALL = {
     "fc": inverse_study.Model(
@@ -109,6 +109,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = {
     "inverse-kept-fc-cpu.json": inverse_study,
     "inverse-kept-conv-cpu.json": inverse_study,
+    "inverse-asymmetric-conv-cpu.json": inverse_study,
+    "controllers-fc-cpu.json": controllers,
     "inverse-time-fc-cpu.json": inverse_time,
     "inverse-time-conv-cpu.json": inverse_time,
     "inverse-shapes-cpu.json": inverse_shapes,
