@@ -432,7 +432,8 @@ def weighted(step: FlowStep, controller: Controller | None, x: Tensor) -> FlowSt
     """``step`` of a layer on ``x``, recon times the controller's lambda if there is one."""
     if controller is None:
         return step
-    return step._replace(recon=controller(step.recon, x))
+    # Not by _replace: torch 2.11 cannot trace that.
+    return FlowStep(step.z, step.log_det, controller(step.recon, x))
 
 
 def _positive(name: str, value: float) -> float:

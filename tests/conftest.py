@@ -14,6 +14,9 @@ import torch
 
 import snf_ext
 
+# On a GPU torch's own convolutions, which many channels are left to, otherwise round to TF32.
+torch.backends.cudnn.allow_tf32 = False
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_native = pytest.mark.skipif(
     not snf_ext.build_info()["cpp"], reason="the compiled library is not built"

@@ -41,7 +41,7 @@ class StandIn:
         optimizer, flow = step.optimizer, step.flow
         parameters = list(flow.parameters())
         starts = [p.grad for p in parameters]
-        tensors = [*parameters, *self._state(optimizer)]
+        tensors = [*parameters, *flow.buffers(), *self._state(optimizer)]
         values = [t.detach().clone() for t in tensors]
         random, self.capturing = torch.get_rng_state(), True
         try:
@@ -169,6 +169,10 @@ def tracked():
         ],
         (1, 8, 8),
     )
+
+
+def held():
+    return snf_ext.constrain(fc(), snf_ext.Relative())
 
 
 def conv():
@@ -348,10 +352,10 @@ def test_contexts_that_a_graph_does_not_cover(world):
 # What is captured
 
 
-@pytest.mark.parametrize("make_flow", [fc, conv, tracked])
+@pytest.mark.parametrize("make_flow", [fc, conv, tracked, held])
 @pytest.mark.parametrize("make_optimizer", [fused_adam, momentum])
 def test_the_same_steps_as_an_eager_loop(world, make_flow, make_optimizer):
-    if make_flow is not fc and world.device == "cuda" and not snf_ext.build_info()["cuda"]:
+    if make_flow in (conv, tracked) and world.device == "cuda" and not snf_ext.build_info()["cuda"]:
         pytest.skip("needs the CUDA kernels")
     twins = world.twins(make_flow, make_optimizer)
     step = GraphedStep(*twins[0], warmup=3)

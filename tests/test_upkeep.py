@@ -11,6 +11,7 @@ import torch
 
 import snf_ext
 from snf_ext import ExactConv2d, ExactLinear, Penalty, SelfNormConv2d, SelfNormLinear, Tracked
+from snf_ext.layers.upkeep import UPKEEP
 from snf_ext.tracking import least_squares_kernel
 from snf_ext.training.angle import gradient_angle
 
@@ -171,6 +172,24 @@ def test_when_a_fit_is_due_is_saved():
     plain.load_state_dict(layer.state_dict())
     assert "due" not in plain.state_dict()
     layer.load_state_dict(plain.state_dict())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("inverse", UPKEEP)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_gpu_does_the_same(name, inverse):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    layer, x, grads = make(name, inverse=inverse)
+    other = copy.deepcopy(layer).to("cuda")
+    for _ in range(3):  # a fit, and steps between
+        want, _ = backward(layer, x, grads)
+        got, _ = backward(other, x.to("cuda"), [grad.to("cuda") for grad in grads])
+        for key, value in want.items():
+            assert (value is None) == (got[key] is None)
+            if value is not None:
+                torch.testing.assert_close(got[key].cpu(), value)
+        torch.testing.assert_close(other.weight_inv.cpu(), layer.weight_inv)
 
 
 def test_tracking_leaves_alone_what_is_not_trained():

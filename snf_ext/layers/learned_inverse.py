@@ -68,7 +68,8 @@ class LearnedInverse(Bijection):
             return step
         with torch.no_grad():
             gradient = self._what_the_inverse_lacks(x)
-        return step._replace(log_det=with_gradient(step.log_det, self.weight, gradient))
+        log_det = with_gradient(step.log_det, self.weight, gradient)
+        return FlowStep(step.z, log_det, step.recon)
 
     def exact_forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         z, log_det, recon = self._step(x)
@@ -84,7 +85,7 @@ class LearnedInverse(Bijection):
         step = self._operator(x, *weights, self.bias, penalty_share=keep.share)
         if not keep.symmetric:
             return step
-        return step._replace(recon=(step.recon + self._error_of_images(x)) / 2)
+        return FlowStep(step.z, step.log_det, (step.recon + self._error_of_images(x)) / 2)
 
     def _error_of_images(self, x: Tensor) -> Tensor:
         """``||W R y - y||^2`` of y = W x, the latter y and x held fixed; in the shape of recon."""

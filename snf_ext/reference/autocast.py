@@ -11,13 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Asked once: torch 2.11 cannot trace the question.
+_AVAILABLE = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
+)
+
 
 def widened_under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors; where autocast is on, those of half precision as float32."""
     x = tensors[0]
     assert x is not None
     kind = x.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if not (kind in _AVAILABLE and torch.is_autocast_enabled(kind)):
         return tensors
     half = (torch.bfloat16, torch.float16)
     return tuple(t.float() if t is not None and t.dtype in half else t for t in tensors)
@@ -25,6 +30,6 @@ def widened_under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A block in which torch's own operators keep their inputs' precision."""
-    if torch.amp.is_autocast_available(device.type):
+    if device.type in _AVAILABLE:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
