@@ -76,7 +76,7 @@ def measure(model: str, rounds: int, steps: int, device: torch.device) -> list[d
         names = list(trainees)
         for name in names if turn % 2 else names[::-1]:
             # The exact gradient is slow, and the same in every step.
-            trainees[name].run(x, steps if name != "exact" else max(1, steps // 10))
+            trainees[name].run(x, steps if name != "exact" else max(1, steps // 20))
     paper = trainees[PAPER].seconds
     rows = []
     for name, trainee in trainees.items():
