@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -87,3 +88,22 @@ def test_links_lead_to_files():
     assert "docs/images/digits-samples.png" in targets
     missing = [t for t in targets if "://" not in t and not (ROOT / t).exists()]
     assert not missing
+
+
+def test_gpu_figures_are_those_of_the_result_files():
+    results = ROOT / "bench" / "results"
+    if not results.is_dir():
+        pytest.skip("no results beside these tests")
+    medians = {}
+    for suite in ("conv", "linear"):
+        for row in json.loads((results / f"{suite}-cuda.json").read_text(encoding="utf-8"))["rows"]:
+            medians[row["case"], row["variant"]] = row["median_s"] * 1e6
+    lines = re.findall(r"^\| (3×3 at|fully connected, D =) (\S+) \| (.*) \|$", README, re.MULTILINE)
+    assert len(lines) == 9
+    for kind, size, cells in lines:
+        case = f"{size.replace('×', 'x')} k=3" if kind == "3×3 at" else f"D={size}"
+        products = "stock products" if kind == "3×3 at" else "products (fresh)"
+        for variant, cell in zip(("native", "composed", products), cells.split("|"), strict=True):
+            assert float(cell) == float(
+                f"{medians[case, f'{variant}, graph']:.{3 if float(cell) < 1000 else 4}g}"
+            )
