@@ -31,6 +31,14 @@ TORCH_LIBRARY(snf_ext, m) {
       " int groups, bool circular, float penalty_share, bool[4] output_mask) -> (Tensor, Tensor, "
       "Tensor, Tensor)");
 
+  m.def(
+      "debias_linear(Tensor v, Tensor weight, Tensor weight_inv, float[] scales, float share)"
+      " -> (Tensor gradient, Tensor growth)");
+  m.def(
+      "debias_conv2d(Tensor v, Tensor weight, Tensor weight_inv, int dilation, int groups,"
+      " bool circular, float[] scales, float share) -> (Tensor gradient, Tensor growth)");
+  m.def("with_gradient(Tensor log_det, Tensor weight, Tensor gradient) -> Tensor");
+
   // No backward of its own: gradients are registered in snf_ext/ops/triangular.py.
   m.def("triangular_conv2d_solve(Tensor z, Tensor weight, bool upper=False) -> Tensor");
 

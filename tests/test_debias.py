@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from snf_ext import Debias, SelfNormConv2d, SelfNormLinear
+import snf_ext
+from snf_ext import Debias, SelfNormConv2d, SelfNormLinear, ops, reference
 from snf_ext.layers import self_norm
-from snf_ext.layers.debias import correction, signs
+from snf_ext.layers.debias import scales_of, signs
 
 DRAWS, PROBES = 40, 100
 
@@ -157,12 +158,116 @@ def test_guard_where_the_series_diverges():
 
 def test_growth_estimates_the_norm_of_the_error():
     weight = torch.eye(50, dtype=torch.float64)
-    inverse = 0.7 * torch.eye(50, dtype=torch.float64)
     v = signs((3, 50), weight)
     assert set(v.unique().tolist()) == {-1.0, 1.0}
-    found = correction(v, lambda x: x @ weight.T, lambda y: y @ inverse.T, Debias(5))
-    assert found.growth.item() == pytest.approx(0.3)
-    torch.testing.assert_close(found.u, 0.7 * v * sum(0.3**k for k in range(1, 6)))
+    scales = [1.0, 1.0, 2.0]
+    gradient, growth = ops.debias_linear(v, weight, 0.7 * weight, scales, 0.5)
+    assert growth.item() == pytest.approx(0.3)
+    u = 0.7 * v * (0.3 + 0.3**2 + 2 * 0.3**3)
+    torch.testing.assert_close(gradient, 0.5 / 3 * v.T @ u)
+
+
+def test_roulette_adds_terms_that_make_up_for_the_missing():
+    assert scales_of(Debias(3)) == [1.0, 1.0, 1.0]
+    torch.manual_seed(0)
+    drawn = [scales_of(Debias(2, roulette=0.6)) for _ in range(4000)]
+    for s in drawn:
+        assert s == pytest.approx([1.0, 1.0, *(0.6**-k for k in range(1, len(s) - 1))])
+    for term in (2, 3, 4):  # in the mean each counts once
+        counts = np.array([s[term] if len(s) > term else 0.0 for s in drawn])
+        assert abs(counts.mean() - 1) < 4 * counts.std() / len(drawn) ** 0.5
+
+
+# name: shapes of v, weight and weight_inv, and the geometry.
+CONVOLUTIONS = {
+    "one-channel": ((4, 1, 9, 7), (1, 1, 3, 3), (1, 1, 3, 3), (1, 1, False)),
+    "larger-inverse": ((3, 4, 6, 6), (4, 4, 3, 3), (4, 4, 7, 5), (1, 1, False)),
+    "smaller-inverse": ((3, 3, 6, 6), (3, 3, 5, 5), (3, 3, 3, 3), (1, 1, True)),
+    "groups-dilation": ((2, 6, 8, 5), (6, 2, 3, 3), (6, 2, 3, 3), (2, 3, False)),
+    "kernel-past-the-image": ((2, 2, 2, 3), (2, 2, 7, 7), (2, 2, 5, 5), (1, 1, False)),
+    "many-channels": ((2, 70, 3, 3), (70, 70, 3, 3), (70, 70, 1, 1), (1, 1, False)),
+    "sixteen-channels": ((5, 16, 7, 7), (16, 16, 3, 3), (16, 16, 3, 3), (1, 1, False)),
+}
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}
+
+
+def drawn_convolution(name, dtype, device="cpu"):
+    """Probes, w near the identity, and r near its inverse; the geometry."""
+    size, weight, inverse, geometry = CONVOLUTIONS[name]
+    generator = torch.Generator().manual_seed(3)
+    kernels = []
+    for shape in (weight, inverse):
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        noise *= 0.15 / (shape[1] * shape[2] * shape[3]) ** 0.5
+        kernels.append(noise + torch.nn.init.dirac_(torch.empty(shape).double(), geometry[1]))
+    v = torch.randn(size, generator=generator, dtype=torch.float64).sign()
+    return tuple(t.to(device, dtype) for t in (v, *kernels)), geometry
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_operator_equals_dense_matrices(name, dtype, backend, device):
+    if backend == "native" and not snf_ext.build_info()["cpp"]:
+        pytest.skip("the native backend is not built")
+    (v, weight, inverse), geometry = drawn_convolution(name, dtype, device)
+    module = torch.ops.snf_ext if backend == "native" else reference
+    scales = [1.0, 1.0, 1.5]
+    gradient, growth = module.debias_conv2d(v, weight, inverse, *geometry, scales, 0.5)
+    extent = (tuple(v.shape[2:]), *geometry)
+    w, r = (ground_truth.conv_matrix(k.cpu().double(), *extent) for k in (weight, inverse))
+    probes = v.cpu().double().flatten(1).numpy().T
+    e = np.eye(len(w)) - w @ r
+    powers = [np.linalg.matrix_power(e, k) @ probes for k in range(4)]
+    u = r @ sum(s * p for s, p in zip(scales, powers[1:], strict=True))
+    want = 0.5 / len(v) * ground_truth.onto_kernel(probes @ u.T, tuple(weight.shape), *extent)
+    assert gradient.shape == weight.shape
+    assert (
+        gradient.dtype == growth.dtype == (torch.float64 if dtype.itemsize == 8 else torch.float32)
+    )
+    error = np.abs(gradient.cpu().double().numpy() - want).max() / np.abs(want).max()
+    assert error < TOLERANCE[dtype]
+    ratio = np.linalg.norm(powers[3]) / np.linalg.norm(powers[2])
+    assert growth.item() == pytest.approx(ratio, rel=TOLERANCE[dtype])
+
+
+@pytest.mark.skipif(not snf_ext.build_info()["cpp"], reason="the native backend is not built")
+def test_operators_pass_opcheck():
+    (v, weight, inverse), geometry = drawn_convolution("groups-dilation", torch.float32)
+    native = torch.ops.snf_ext
+    torch.library.opcheck(
+        native.debias_conv2d.default, (v, weight, inverse, *geometry, [1.0, 2.0], 0.5)
+    )
+    matrix = torch.eye(4)
+    signed = signs((2, 4), matrix)
+    torch.library.opcheck(native.debias_linear.default, (signed, matrix, matrix / 2, [1.0], 1.0))
+    log_det, weight = torch.zeros(3, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    torch.library.opcheck(native.with_gradient.default, (log_det, weight, torch.randn(4, 4)))
+
+
+def test_operator_does_not_depend_on_threads():
+    (v, weight, inverse), geometry = drawn_convolution("sixteen-channels", torch.float32)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.append(ops.debias_conv2d(v, weight, inverse, *geometry, [1.0, 1.0], 0.5)[0])
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_operators_refuse_bad_arguments(backend):
+    if backend == "native" and not snf_ext.build_info()["cpp"]:
+        pytest.skip("the native backend is not built")
+    (v, weight, inverse), geometry = drawn_convolution("one-channel", torch.float32)
+    eye = torch.eye(3)
+    with snf_ext.use_backend(backend):
+        with pytest.raises(ValueError, match="scales must have a number for each term; got none"):
+            ops.debias_conv2d(v, weight, inverse, *geometry, [], 0.5)
+        with pytest.raises(ValueError, match=r"v must have at least one probe; got \[0, 1, 9, 7\]"):
+            ops.debias_conv2d(v[:0], weight, inverse, *geometry, [1.0], 0.5)
+        with pytest.raises(ValueError, match=r"v must have shape \[P, D\]; got \[3\]"):
+            ops.debias_linear(torch.ones(3), eye, eye, [1.0], 0.5)
 
 
 def test_leading_dimensions_and_scales():

@@ -16,7 +16,6 @@
 #include "total.h"
 
 namespace snf {
-namespace {
 
 using at::Tensor;
 
@@ -27,6 +26,8 @@ bool prefers_stock(const Tensor& weight, const Tensor& weight_inv) {
       weight.size(2) * weight.size(3) == 1 && weight_inv.size(2) * weight_inv.size(3) == 1;
   return weight.size(1) > (one_tap ? 128 : 64);
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const Tensor& weight_inv, const OptionalTensor& bias,

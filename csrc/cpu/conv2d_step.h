@@ -32,4 +32,7 @@ using BackwardStep = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dW,
 SNF_DECLARE_STEPS(fused)  // own kernels, everything of an image while it is in the cache
 SNF_DECLARE_STEPS(stock)  // torch's convolutions on merged deltas, for very many channels
 
+// Whether the latter are faster.
+bool prefers_stock(const at::Tensor& weight, const at::Tensor& weight_inv);
+
 }  // namespace snf

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..bijection import wide_dtype
 
 
 class Debias(NamedTuple):
@@ -35,71 +36,23 @@ class Debias(NamedTuple):
         return self
 
 
-class Correction(NamedTuple):
-    """``W^-1 - R`` applied to probes.
+def scales_of(how: Debias) -> list[float]:
+    """A number for each term: 1 up to the K-th, and what makes up for those that roulette left out.
 
-    Attributes:
-        v: the probes, random signs.
-        u: ``R sum_k E^k v``; zeros where the guard found the series growing.
-        growth: ``||E^K v|| / ||E^(K-1) v||`` over all probes, an estimate of ``||E||``, a scalar.
+    How many terms roulette adds is drawn from torch's generator.
     """
-
-    v: Tensor
-    u: Tensor
-    growth: Tensor
-
-
-@torch.no_grad()
-def correction(
-    v: Tensor,
-    forward: Callable[[Tensor], Tensor],
-    backward: Callable[[Tensor], Tensor],
-    how: Debias,
-) -> Correction:
-    """The series that the learned inverse is the first term of, on probes ``v``.
-
-    With ``E = I - W R`` of spectral radius under 1,
-
-        W^-1 = R (I + E + E^2 + ...)        u = R (E + ... + E^K) v
-
-    so that the mean of ``v u'`` over random signs v is the transpose of what R lacks. Where E does
-    not shrink the probes the series diverges and u is zeros.
-
-    Args:
-        v: random signs, ``(P, ...)``.
-        forward, backward: ``x -> W x`` and ``y -> R y``.
-        how: number of terms, and what follows.
-
-    Cost: K products with W and K + 1 with R, of P samples.
-    """
-    power = before = v
-    image, total, weight = backward(power), None, 1.0
-    taken = 0
-    while taken < how.terms or (how.roulette and float(torch.rand(())) < how.roulette):
-        if taken >= how.terms:
-            weight /= how.roulette
-        before, power = power, power - forward(image)
-        image = backward(power)
-        term = image if weight == 1 else weight * image
-        total = term if total is None else total + term
-        taken += 1
-    assert total is not None
-    smallest = torch.finfo(v.dtype).tiny
-    growth = _norm(power) / _norm(before).clamp(min=smallest)
-    return Correction(v, torch.where(growth < 1, total, 0), growth)
+    scales = [1.0] * how.terms
+    weight = 1.0
+    while how.roulette and float(torch.rand(())) < how.roulette:
+        weight /= how.roulette
+        scales.append(weight)
+    return scales
 
 
 def signs(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Independent random signs of the dtype and on the device of ``like``."""
-    drawn = torch.empty(shape, dtype=like.dtype, device=like.device).uniform_(-1, 1)
-    return torch.copysign(torch.ones_like(drawn), drawn)
+    """Independent random signs of the dtype and on the device of ``like``.
 
-
-def with_gradient(log_det: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
-    """``log_det``, which also gives ``weight`` ``gradient`` for each of its elements."""
-    linear = torch.dot(weight.to(gradient).flatten(), gradient.flatten())
-    return log_det + (linear - linear.detach())
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.detach())
+    Drawn in float32 at least: a half precision would often draw 0, which has only one sign.
+    """
+    drawn = torch.empty(shape, dtype=wide_dtype(like.dtype), device=like.device).uniform_(-1, 1)
+    return torch.copysign(torch.ones_like(drawn), drawn).to(like.dtype)

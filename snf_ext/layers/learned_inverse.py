@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import exact, tracking
+from .. import exact, ops, tracking
 from ..bijection import Bijection, FlowStep, wide_dtype
 from ..constraint import Controller, weighted
 from ..reference.autocast import without_autocast
 from ..refine import Refined, checked_steps, refined
-from .debias import Debias, with_gradient
+from .debias import Debias
 from .upkeep import Penalty, Tracked, Upkeep, checked_upkeep
 
 
@@ -66,9 +66,8 @@ class LearnedInverse(Bijection):
         step = weighted(self._step(x), self.controller, x)
         if not (learns and self.debias.terms):
             return step
-        with torch.no_grad():
-            gradient = self._what_the_inverse_lacks(x)
-        log_det = with_gradient(step.log_det, self.weight, gradient)
+        lacking = self._what_the_inverse_lacks(x)
+        log_det = ops.with_gradient(step.log_det, self.weight, lacking)
         return FlowStep(step.z, log_det, step.recon)
 
     def exact_forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import exact, ops, tracking
-from ..bijection import FlowStep, wide_dtype
-from ..reference.autocast import without_autocast
+from ..bijection import FlowStep
 from ..reference.convolution import flip
 from ..refine import checked_refine
 from .conv_shape import ConvShape, image_size, odd_pair
-from .debias import Debias, correction, signs
+from .debias import Debias, scales_of, signs
 from .initial import STARTS, checked_start, near_identity, resized
 from .learned_inverse import LearnedInverse
 from .upkeep import Tracked, Upkeep
@@ -112,12 +111,10 @@ class SelfNormLinear(LearnedInverse):
         self.weight_inv.data.copy_(self._factorization().solve(eye).T)
 
     def _what_the_inverse_lacks(self, x: Tensor) -> Tensor:
-        wide = wide_dtype(self.weight.dtype)
-        weight, inverse = self.weight.to(wide), self.weight_inv.to(wide)
-        with without_autocast(x.device):
-            v = signs((self.debias.probes, self.features), weight)
-            found = correction(v, lambda x: x @ weight.T, lambda y: y @ inverse.T, self.debias)
-            return (self.gradient_share / len(v) * found.v).T @ found.u
+        v = signs((self.debias.probes, self.features), self.weight)
+        return ops.debias_linear(
+            v, self.weight, self.weight_inv, scales_of(self.debias), self.gradient_share
+        )[0]
 
     def _factorization(self, x: Tensor | None = None) -> exact.Factorization:
         return self._cache.get(self.weight, None, lambda: exact.factorize_linear(self.weight))
@@ -289,18 +286,9 @@ class SelfNormConv2d(LearnedInverse):
         return self._factorization_for((x.shape[2], x.shape[3]))
 
     def _what_the_inverse_lacks(self, x: Tensor) -> Tensor:
-        geometry, wide = self.shape.geometry, wide_dtype(self.weight.dtype)
-        weight, inverse = self.weight.to(wide), self.weight_inv.to(wide)
-        with without_autocast(x.device):
-            v = signs((self.debias.probes, *x.shape[1:]), weight)
-            found = correction(
-                v,
-                lambda x: ops.convolve(x, weight, *geometry),
-                lambda y: ops.convolve(y, inverse, *geometry),
-                self.debias,
-            )
-            summed = ops.conv2d_weight_gradient(found.v, found.u, weight, *geometry)
-            return self.gradient_share / len(v) * summed
+        v = signs((self.debias.probes, *x.shape[1:]), self.weight)
+        how = (*self.shape.geometry, scales_of(self.debias), self.gradient_share)
+        return ops.debias_conv2d(v, self.weight, self.weight_inv, *how)[0]
 
     def _factorization_for(self, spatial_shape: tuple[int, int]) -> exact.Factorization:
         return self._cache.get(

@@ -1,5 +1,6 @@
 """The operators, sent to the compiled library or to plain torch (see ``backend.py``)."""
 
+from .debias import debias_conv2d, debias_linear, with_gradient
 from .elementwise import (
     actnorm,
     affine_coupling,
@@ -17,6 +18,8 @@ __all__ = [
     "affine_coupling",
     "conv2d_weight_gradient",
     "convolve",
+    "debias_conv2d",
+    "debias_linear",
     "logit",
     "normal_log_prob",
     "rq_spline",
@@ -25,4 +28,5 @@ __all__ = [
     "snf_conv2d",
     "snf_linear",
     "triangular_conv2d_solve",
+    "with_gradient",
 ]

@@ -1,5 +1,6 @@
 """The operators in plain torch: the fallback where nothing is compiled, and the tests' oracle."""
 
+from .debias import debias_conv2d, debias_linear, with_gradient
 from .elementwise import (
     actnorm,
     affine_coupling,
@@ -15,6 +16,8 @@ from .triangular import triangular_conv2d_solve
 __all__ = [
     "actnorm",
     "affine_coupling",
+    "debias_conv2d",
+    "debias_linear",
     "logit",
     "normal_log_prob",
     "rq_spline",
@@ -23,4 +26,5 @@ __all__ = [
     "snf_conv2d",
     "snf_linear",
     "triangular_conv2d_solve",
+    "with_gradient",
 ]
