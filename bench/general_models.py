@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ import snf_ext
 from snf_ext import Flow, SelfNormBijection, ops
 from snf_ext.bijection import push
 from snf_ext.jacobian import orthonormal_probes, pulled, pushed
+
+from . import report
+from .timing import machine_noise
 
 Record = dict[str, Any]
 
@@ -124,7 +129,36 @@ def of_learned_inverses(flow: Flow) -> int:
     return sum(count(layer.g) for layer in flow.bijections if isinstance(layer, SelfNormBijection))
 
 
-def finished(
+def measured(
+    suite: str,
+    arguments: Sequence[str] | None,
+    args: argparse.Namespace,
+    run: Callable[..., Record],
+    data: Sequence[str],
+    line: Callable[[Record], str],
+) -> Record:
+    """``run(data, model, seed, args)`` of each data set, model and seed.
+
+    Each is printed as ``line`` and written to ``args.out`` when it is done.
+    """
+    given = " ".join(sys.argv[1:] if arguments is None else arguments)
+    result: Record = {
+        "suite": suite,
+        "environment": report.environment(f"python -m bench.{suite} {given}".strip()),
+        "noise": report.noise_record(machine_noise()),
+        "settings": {k: v for k, v in vars(args).items() if k != "out"},
+        "runs": [],
+    }
+    cases = [(d, m, s, args) for s in args.seeds for m in args.models for d in data]
+    for row in _finished(run, cases, args.jobs):
+        result["runs"].append(row)
+        print(line(row), flush=True)
+        if args.out:
+            report.write_json(args.out, result)
+    return result
+
+
+def _finished(
     run: Callable[..., Record], cases: Sequence[tuple[Any, ...]], jobs: int
 ) -> Iterator[Record]:
     """``run(*case)`` of each case as it is done, by ``jobs`` processes of one thread."""
@@ -151,3 +185,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--clip", type=float, default=10.0, help="largest norm of a gradient")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")

@@ -20,7 +20,6 @@ import copy
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,17 +27,15 @@ from torch import Tensor, nn
 
 from snf_ext import Flow
 
-from . import report
 from .general_models import (
     MODELS,
     Record,
     add_arguments,
     count,
-    finished,
+    measured,
     of_learned_inverses,
     spread,
 )
-from .timing import machine_noise
 
 SETS = ("breast_cancer", "diabetes")
 NOISE = 0.1  # standard deviations of a column
@@ -110,28 +107,17 @@ def exact_nll(flow: Flow, rows: Tensor) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
-    given = " ".join(sys.argv[1:] if arguments is None else arguments)
-    result: Record = {
-        "suite": "tabular",
-        "environment": report.environment(f"python -m bench.tabular {given}".strip()),
-        "noise": report.noise_record(machine_noise()),
-        "settings": {k: v for k, v in vars(args).items() if k != "out"},
-        "runs": [],
-    }
-    cases = [(d, m, s, args) for s in args.seeds for m in args.models for d in args.data]
-    for run in finished(train, cases, args.jobs):
-        result["runs"].append(run)
-        print(
-            f"{run['data']}, {run['model']}, seed {run['seed']}: test NLL {run['nll']:.3f} nats, "
-            f"best at step {run['best_step']} of {run['steps']}; end to end "
-            f"{run['recon_end_to_end']:.2g}, largest {run['recon_largest']:.2g}; "
-            f"{run['parameters']} parameters, {run['cpu_ms_per_step']:.1f} ms/step",
-            flush=True,
-        )
-        if args.out:
-            report.write_json(args.out, result)
-    print(table(result))
+    print(table(measured("tabular", arguments, args, train, args.data, line)))
     return 0
+
+
+def line(run: Record) -> str:
+    return (
+        f"{run['data']}, {run['model']}, seed {run['seed']}: test NLL {run['nll']:.3f} nats, "
+        f"best at step {run['best_step']} of {run['steps']}; end to end "
+        f"{run['recon_end_to_end']:.2g}, largest {run['recon_largest']:.2g}; "
+        f"{run['parameters']} parameters, {run['cpu_ms_per_step']:.1f} ms/step"
+    )
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -170,7 +156,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jvp-weight", type=float, default=0.3)
     parser.add_argument("--sharpness", type=float, default=1.0, help="of features at the start")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
     return parser.parse_args(arguments)
 
 

@@ -19,7 +19,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,17 +26,15 @@ from torch import Tensor, nn
 
 from snf_ext import Flow
 
-from . import report
 from .general_models import (
     MODELS,
     Record,
     add_arguments,
     count,
-    finished,
+    measured,
     of_learned_inverses,
     spread,
 )
-from .timing import machine_noise
 
 NEAR = 0.3  # how near the learned inverse has to come
 HALF_SIDE = 8.0  # of the square that densities are integrated over
@@ -136,21 +133,7 @@ def integral(flow: Flow, points: int) -> tuple[float, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
-    given = " ".join(sys.argv[1:] if arguments is None else arguments)
-    result: Record = {
-        "suite": "toy_densities",
-        "environment": report.environment(f"python -m bench.toy_densities {given}".strip()),
-        "noise": report.noise_record(machine_noise()),
-        "settings": {k: v for k, v in vars(args).items() if k != "out"},
-        "runs": [],
-    }
-    cases = [(d, m, s, args) for s in args.seeds for m in args.models for d in args.densities]
-    for run in finished(train, cases, args.jobs):
-        result["runs"].append(run)
-        _print(run)
-        if args.out:
-            report.write_json(args.out, result)
-    print(table(result))
+    print(table(measured("toy_densities", arguments, args, train, args.densities, line)))
     return 0
 
 
@@ -184,15 +167,14 @@ def _against(nll: float, base: float | None) -> str:
     return f"{nll - base:+.3f} ({'within' if nll - base <= TARGET else 'not within'} {TARGET:g})"
 
 
-def _print(run: Record) -> None:
-    print(
+def line(run: Record) -> str:
+    return (
         f"{run['density']}, {run['model']}, seed {run['seed']}: NLL {run['nll']:.3f}, "
         f"integral {run['integral']:.4f}, brought back {run['integral_brought_back']:.4f} "
         f"({run['test_points_not_brought_back']} test points not), "
         f"normalised {run['normalised_nll']:.3f} nats; recon {run['recon']:.2g}, end to "
         f"end {run['recon_end_to_end']:.2g}; {run['parameters']} parameters "
-        f"({run['of_learned_inverses']} of g), {run['cpu_ms_per_step']:.1f} ms/step",
-        flush=True,
+        f"({run['of_learned_inverses']} of g), {run['cpu_ms_per_step']:.1f} ms/step"
     )
 
 
@@ -212,7 +194,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--test", type=int, default=20000, help="test samples")
     parser.add_argument("--grid", type=int, default=400, help="points along each axis")
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
     return parser.parse_args(arguments)
 
 
