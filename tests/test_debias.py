@@ -152,8 +152,10 @@ def test_guard_where_the_series_diverges():
     layer, x = linear_layer(4, error=3.0)
     with torch.no_grad():  # E = -2 I
         layer.weight_inv.copy_(3 * torch.linalg.inv(layer.weight))
+    assert layer.growth is None
     got = drawn_gradient(layer, x)
     torch.testing.assert_close(got, len(x) / 2 * layer.weight_inv.T.detach())
+    assert layer.growth.item() == pytest.approx(2.0)
 
 
 def test_growth_estimates_the_norm_of_the_error():

@@ -18,6 +18,10 @@ class Debias(NamedTuple):
         probes: P, independent vectors of random signs.
         roulette: probability of one more term after the K-th, and after each further one, weighted
             by its inverse: exactly unbiased, however many terms it would take. 0 for none.
+
+    After a training step the layer's ``growth`` is the factor by which ``I - W R`` lengthened the
+    probes last, an estimate from below of its norm that costs nothing. From 1 on the series does
+    not converge, and the layer's gradient was left as the learned inverse gives it.
     """
 
     terms: int = 0

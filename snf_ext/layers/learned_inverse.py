@@ -38,6 +38,7 @@ class LearnedInverse(Bijection):
         self.debias = (debias if isinstance(debias, Debias) else Debias(debias)).checked()
         self._cache = exact.FactorizationCache()
         self.controller = None
+        self.growth: Tensor | None = None  # of the last probes by I - W R, where they are debiased
         self.held = False  # whether others call keep_up, and training does not
         self._due = torch.tensor(0)  # steps to the next fit; on the CPU, wherever the weights are
         self._image: tuple[int, ...] = ()  # size of the last batch's images
@@ -66,7 +67,7 @@ class LearnedInverse(Bijection):
         step = weighted(self._step(x), self.controller, x)
         if not (learns and self.debias.terms):
             return step
-        lacking = self._what_the_inverse_lacks(x)
+        lacking, self.growth = self._what_the_inverse_lacks(x)
         log_det = ops.with_gradient(step.log_det, self.weight, lacking)
         return FlowStep(step.z, log_det, step.recon)
 
@@ -161,8 +162,11 @@ class LearnedInverse(Bijection):
     def _factorization(self, x: Tensor) -> exact.Factorization:
         raise NotImplementedError
 
-    def _what_the_inverse_lacks(self, x: Tensor) -> Tensor:
-        """W's share of an estimate of the gradient of log |det W| less the learned inverse's."""
+    def _what_the_inverse_lacks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """An estimate of W's share of the gradient of log |det W| less the learned inverse's.
+
+        And ``||E^K v|| / ||E^(K-1) v||`` of its probes, which comes for free.
+        """
         raise NotImplementedError
 
     def refine_inverse(self, z: Tensor, steps: int) -> Refined:

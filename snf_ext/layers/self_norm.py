@@ -110,11 +110,11 @@ class SelfNormLinear(LearnedInverse):
         eye = torch.eye(self.features, dtype=self.weight.dtype, device=self.weight.device)
         self.weight_inv.data.copy_(self._factorization().solve(eye).T)
 
-    def _what_the_inverse_lacks(self, x: Tensor) -> Tensor:
+    def _what_the_inverse_lacks(self, x: Tensor) -> tuple[Tensor, Tensor]:
         v = signs((self.debias.probes, self.features), self.weight)
         return ops.debias_linear(
             v, self.weight, self.weight_inv, scales_of(self.debias), self.gradient_share
-        )[0]
+        )
 
     def _factorization(self, x: Tensor | None = None) -> exact.Factorization:
         return self._cache.get(self.weight, None, lambda: exact.factorize_linear(self.weight))
@@ -285,10 +285,10 @@ class SelfNormConv2d(LearnedInverse):
     def _factorization(self, x: Tensor) -> exact.Factorization:
         return self._factorization_for((x.shape[2], x.shape[3]))
 
-    def _what_the_inverse_lacks(self, x: Tensor) -> Tensor:
+    def _what_the_inverse_lacks(self, x: Tensor) -> tuple[Tensor, Tensor]:
         v = signs((self.debias.probes, *x.shape[1:]), self.weight)
         how = (*self.shape.geometry, scales_of(self.debias), self.gradient_share)
-        return ops.debias_conv2d(v, self.weight, self.weight_inv, *how)[0]
+        return ops.debias_conv2d(v, self.weight, self.weight_inv, *how)
 
     def _factorization_for(self, spatial_shape: tuple[int, int]) -> exact.Factorization:
         return self._cache.get(
