@@ -151,9 +151,9 @@ class Fixed(Controller):
 
 
 class Relative(Controller):
-    """Moves lambda, on a logarithmic scale, to where the error is kappa.
+    """Moves lambda, on a logarithmic scale, to where the error is a little under kappa.
 
-        log multiplier += gain * v            v = log(error / kappa), clipped to the limits
+        log multiplier += gain * v          v = log(error / (aim * kappa)), clipped to the limits
         log lambda      = log multiplier + damping * v                          within the bounds
 
     The error of a layer answers to a factor in lambda by a factor, and both go over several powers
@@ -173,8 +173,8 @@ class Relative(Controller):
     Buffers: ``multiplier``.
 
     Raises:
-        ValueError: ``gain`` or ``damping`` is not positive and finite, the limits are not finite
-            and on either side of 0; see :class:`Controller`.
+        ValueError: ``gain``, ``damping`` or ``aim`` is not positive and finite, the limits are not
+            finite and on either side of 0; see :class:`Controller`.
 
     >>> controller = Relative(kappa=0.1)
     >>> x = torch.ones(2, 5)
@@ -195,12 +195,14 @@ class Relative(Controller):
         *,
         gain: float = 0.02,
         damping: float = 2.0,
+        aim: float = 0.7,
         limits: tuple[float, float] = (-0.5, 2.0),
         ema: float = 0.9,
         bounds: tuple[float, float] = BOUNDS,
     ) -> None:
         super().__init__(kappa, recon_weight, ema=ema, bounds=bounds)
         self.gain, self.damping = _positive("gain", gain), _positive("damping", damping)
+        self.aim = _positive("aim", aim)
         least, most = limits
         if not -math.inf < least < 0 < most < math.inf:
             raise ValueError(f"limits must be finite and on either side of 0; got {limits}")
@@ -208,7 +210,7 @@ class Relative(Controller):
         self.register_buffer("multiplier", self.recon_weight.clone())
 
     def _next(self, error: Tensor) -> dict[str, Tensor]:
-        violation = (error / self.kappa).clamp(*map(math.exp, self.limits))
+        violation = (error / (self.aim * self.kappa)).clamp(*map(math.exp, self.limits))
         multiplier = (self.multiplier * violation**self.gain).clamp(*self.bounds)
         weight = (multiplier * violation**self.damping).clamp(*self.bounds)
         return {"multiplier": multiplier, "recon_weight": weight}
