@@ -1,7 +1,7 @@
 """The authoritative comparison: every variant of a case interleaved in one process.
 
-    python -m bench.compare figure4|linear|conv|models|spline|exact [--quick] [--out FILE]
-        [--plot FILE]
+    python -m bench.compare figure4|linear|conv|models|spline|sampling|exact [--quick]
+        [--out FILE] [--plot FILE]
 
 Prints the machine's noise, then one table a case: time, ratio to native (above 1: native is
 faster), the floor and how much of it is reached, and the ratio that has to be. Variants that claim
@@ -29,12 +29,14 @@ from . import (
     cases,
     dispatches,
     exact,
+    exact_cases,
     exact_memory,
     floors,
     graphs,
     growth,
     models,
     report,
+    sampling,
     spline,
     steps,
 )
@@ -54,6 +56,7 @@ SUITES: dict[str, Callable[..., list[Variant]]] = {
     "spline": spline.spline_variants,
     "exact": exact.exact_variants,
     "figure4": figure4_variants,
+    "sampling": sampling.sample_variants,
 }
 
 # A product's median over the fastest one seen; a machine left alone stays well below.
@@ -124,14 +127,14 @@ def _measure(case: Any, result: _Result) -> None:
             gradients are not those of the composition.
     """
     args, rates = result.args, result.rates
-    if isinstance(case, cases.MemoryCase):
+    if isinstance(case, exact_cases.MemoryCase):
         result.memory.append(exact_memory.measure(case))
         return
-    if isinstance(case, cases.ModelCase):
-        for backend in (
-            ("native", "reference") if steps.native_is_built(args.device) else ("reference",)
-        ):
+    for backend in steps.backends(args.device):
+        if isinstance(case, cases.ModelCase):
             models.check_agreement(case, backend, args.device)
+        elif isinstance(case, sampling.SampleCase):
+            sampling.check_samples(case, backend)
     variants = SUITES[args.suite](case, compiled=args.compile, device=args.device)
     variants = without_broken_compiled(variants, lambda text: result.note(f"{case.name}: {text}"))
     if args.graph:
@@ -142,7 +145,7 @@ def _measure(case: Any, result: _Result) -> None:
                 failed = v.name.startswith("native") and not v.no_graph
                 (result.problem if failed else result.note)(text)
         variants += captured
-    if isinstance(case, cases.ExactCase):
+    if isinstance(case, exact_cases.ExactCase):
         exact.check_values(variants)
     else:
         check_gradients(variants)
@@ -172,7 +175,7 @@ def _measure(case: Any, result: _Result) -> None:
         listed = "; ".join(f"{name} {number}" for name, number in counts.items())
         print(f"operators dispatched a step: {listed}\n", flush=True)
     result.rows += found
-    if isinstance(case, cases.ExactCase):
+    if isinstance(case, exact_cases.ExactCase):
         result.layouts += exact.layout_rows(case, args.rounds, args.min_sample)
 
 

@@ -43,7 +43,8 @@ CPU_FORMULA = (
     "products, at the rate of the fastest of several sizes; bytes: each input and each output of "
     "the forward and of the backward operator once, with Adam 7 numbers a parameter more, at the "
     "bandwidth of the fastest copy that moves at least as many, caches included; calls: one "
-    "operator forward and one backward a layer, one for Adam, at the time of the smallest one"
+    "operator forward and one backward a layer, one for Adam, at the time of the smallest one; of "
+    "samples one product and one operator a layer"
 )
 
 PRODUCT_SIZES = (512, 1024, 2048)

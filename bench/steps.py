@@ -30,6 +30,7 @@ from .timing import Variant, product_step
 
 __all__ = [
     "GPU_STEP",
+    "backend_context",
     "backends",
     "conv_variants",
     "linear_variants",
@@ -64,7 +65,8 @@ def _is_cuda(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def _backend(name: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
+def backend_context(name: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """What a variant's calls are made in to run on a backend."""
     return lambda: snf_ext.use_backend(name)
 
 
@@ -119,7 +121,7 @@ def _variant(
         if rest is not None:
             rest.step()
 
-    context = contextlib.nullcontext if backend is None else _backend(backend)
+    context = contextlib.nullcontext if backend is None else backend_context(backend)
     return Variant(name, step, context, leaves if comparable else (), adam=adam)
 
 
@@ -332,7 +334,9 @@ def model_variants(
             step = _train(flow, lambda flow=flow: flow.loss(x).backward(), fused)
             name = f"{backend}, fused Adam" if fused else backend
             no_graph = "" if fused else ADAM_ON_HOST
-            variants.append(Variant(name, step, _backend(backend), no_graph=no_graph, adam=True))
+            variants.append(
+                Variant(name, step, backend_context(backend), no_graph=no_graph, adam=True)
+            )
     for label, base in (("DxD base", "multivariate"), ("normal base", "normal")):
         composed = composed_like(start, case, base)
         step = _train(composed, lambda flow=composed: flow.training_backward(x), fused=False)
