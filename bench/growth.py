@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
 __all__ = ["SERIES", "Fit", "Series", "fit", "growth", "lines", "main"]
 
 CONFIDENCE = 0.95
@@ -53,6 +51,8 @@ def fit(x: Sequence[float], seconds: Sequence[float]) -> Fit:
         raise ValueError(f"x must be at least 3 sizes, not all alike; got {list(x)}")
     if min(*x, *seconds) <= 0:
         raise ValueError("x and seconds must be positive")
+    from scipy.stats import t as student  # on use: a machine with a GPU may be without
+
     u, v = [math.log(a) for a in x], [math.log(s) for s in seconds]
     n = len(u)
     mean_u, mean_v = sum(u) / n, sum(v) / n
