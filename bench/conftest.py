@@ -63,6 +63,7 @@ def run(benchmark, request, variants_of):
 
         with variant.context():
             inner = calibrate(step, lambda: None, 0.005 if quick else 0.02)
-            benchmark.pedantic(step, rounds=5 if quick else 15, iterations=inner)
+            rounds = 5 if quick else min(15, getattr(case, "rounds", None) or 15)
+            benchmark.pedantic(step, rounds=rounds, iterations=inner)
 
     return run
