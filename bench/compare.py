@@ -1,13 +1,15 @@
 """The authoritative comparison: every variant of a case interleaved in one process.
 
-    python -m bench.compare linear|conv|models|spline|exact [--quick] [--out FILE] [--plot FILE]
+    python -m bench.compare figure4|linear|conv|models|spline|sampling|exact [--quick]
+        [--out FILE] [--plot FILE]
 
 Prints the machine's noise, then one table a case: time, ratio to native (above 1: native is
-faster) and the ratio that has to be reached. Variants that claim the same gradients are compared
-before they are timed. With ``--device cuda`` each time stands beside its floor, and ``--graph``
-also times every step that can be captured as a CUDA graph. ``exact`` also times all sizes of blocks
-and measures memory. The JSON file is written after each case, so that a run that is cut short
-leaves what it had. The exit status is 1 where a case failed; a missed target is no failure.
+faster), the floor and how much of it is reached, and the ratio that has to be. Variants that claim
+the same gradients are compared before they are timed. With ``--device cuda``, ``--graph`` also
+times every step that can be captured as a CUDA graph. ``exact`` has no floors; it also times all
+sizes of blocks and measures memory. ``figure4`` ends with what the times grow with. The JSON file
+is written after each case, so that a run that is cut short leaves what it had. The exit status is 1
+where a case failed; a missed target is no failure.
 """
 
 from __future__ import annotations
@@ -27,15 +29,25 @@ from . import (
     cases,
     dispatches,
     exact,
+    exact_cases,
     exact_memory,
     floors,
     graphs,
+    growth,
     models,
     report,
+    sampling,
     spline,
     steps,
 )
 from .timing import Noise, Variant, interleave, machine_noise
+
+
+def figure4_variants(case: Any, **options: Any) -> list[Variant]:
+    """A fully connected layer or a convolution."""
+    linear = isinstance(case, cases.LinearCase)
+    return (steps.linear_variants if linear else steps.conv_variants)(case, **options)
+
 
 SUITES: dict[str, Callable[..., list[Variant]]] = {
     "linear": steps.linear_variants,
@@ -43,6 +55,8 @@ SUITES: dict[str, Callable[..., list[Variant]]] = {
     "models": steps.model_variants,
     "spline": spline.spline_variants,
     "exact": exact.exact_variants,
+    "figure4": figure4_variants,
+    "sampling": sampling.sample_variants,
 }
 
 # A product's median over the fastest one seen; a machine left alone stays well below.
@@ -62,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rates = None
     if torch.device(args.device).type == "cuda":
         rates = floors.measure(args.device, noise.rate)
-        print(f"{rates}\n{floors.FORMULA}")
+    elif args.suite != "exact":
+        rates = floors.measure_cpu(noise.rate)
+    if rates is not None:
+        print(f"{rates}\n{rates.formula}")
     if not steps.native_is_built(args.device):
         where = "the source tree" if _is_source_tree() else "the installed package"
         print(f"native is not built in {where}, which is what runs: ratios are to the reference")
@@ -87,12 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     drift = max(noise.median, after.median) / min(noise.fastest, after.fastest)
     if drift > QUIET:
         print(f"the machine was busy ({drift:.2f} times its fastest): do not quote these numbers")
-    rows = [*result.rows, *result.memory]
+    if args.suite == "figure4":
+        result.growth = growth.growth(result.rows)
+        print("\n".join(growth.lines(result.growth)))
+    rows = [*result.rows, *result.memory, *result.growth]
     missed = [r for r in rows if r["met"] is False]
     judged = sum(r["met"] is not None for r in rows)
     print(f"targets met: {judged - len(missed)} of {judged}")
     for r in missed:
-        print(f"  {r['case']}: {_missed(r)}")
+        print(f"  {r.get('case', 'growth')}: {_missed(r)}")
     result.save(after)
     if args.plot and result.rows:
         result.draw(args.plot)
@@ -107,14 +127,14 @@ def _measure(case: Any, result: _Result) -> None:
             gradients are not those of the composition.
     """
     args, rates = result.args, result.rates
-    if isinstance(case, cases.MemoryCase):
+    if isinstance(case, exact_cases.MemoryCase):
         result.memory.append(exact_memory.measure(case))
         return
-    if isinstance(case, cases.ModelCase):
-        for backend in (
-            ("native", "reference") if steps.native_is_built(args.device) else ("reference",)
-        ):
+    for backend in steps.backends(args.device):
+        if isinstance(case, cases.ModelCase):
             models.check_agreement(case, backend, args.device)
+        elif isinstance(case, sampling.SampleCase):
+            sampling.check_samples(case, backend)
     variants = SUITES[args.suite](case, compiled=args.compile, device=args.device)
     variants = without_broken_compiled(variants, lambda text: result.note(f"{case.name}: {text}"))
     if args.graph:
@@ -125,14 +145,13 @@ def _measure(case: Any, result: _Result) -> None:
                 failed = v.name.startswith("native") and not v.no_graph
                 (result.problem if failed else result.note)(text)
         variants += captured
-    if isinstance(case, cases.ExactCase):
+    if isinstance(case, exact_cases.ExactCase):
         exact.check_values(variants)
     else:
         check_gradients(variants)
     counts = _dispatches(variants) if isinstance(case, cases.ModelCase) else {}
-    timings = interleave(
-        variants, rounds=args.rounds, min_sample=args.min_sample, device=args.device
-    )
+    rounds = min(args.rounds, getattr(case, "rounds", None) or args.rounds)
+    timings = interleave(variants, rounds=rounds, min_sample=args.min_sample, device=args.device)
     bounds = None
     if rates is not None:
         bounds = {v.name: floors.floor(case, rates, adam=v.adam, tf32=v.tf32) for v in variants}
@@ -143,16 +162,20 @@ def _measure(case: Any, result: _Result) -> None:
         targets=case.targets,
         rate=result.noise.rate,
         graph_us=case.graph_us,
+        over_us=getattr(case, "over_us", None),
         floors=bounds,
+        gpu=rates is not None and rates.gpu,
     )
     report.print_table(found)
+    for row in found:
+        row |= getattr(case, "numbers", {})
     if counts:
         for row in found:
             row["dispatches"] = counts.get(row["variant"])
         listed = "; ".join(f"{name} {number}" for name, number in counts.items())
         print(f"operators dispatched a step: {listed}\n", flush=True)
     result.rows += found
-    if isinstance(case, cases.ExactCase):
+    if isinstance(case, exact_cases.ExactCase):
         result.layouts += exact.layout_rows(case, args.rounds, args.min_sample)
 
 
@@ -174,6 +197,7 @@ class _Result:
         self.rows: list[dict[str, Any]] = []
         self.layouts: list[dict[str, Any]] = []  # sizes of blocks, of exact cases
         self.memory: list[dict[str, Any]] = []
+        self.growth: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.problems: list[str] = []
 
@@ -193,9 +217,9 @@ class _Result:
             "noise_after": None if after is None else report.noise_record(after),
         }
         if self.rates is not None:
-            record |= {"step": steps.GPU_STEP, "floor": floors.FORMULA}
-            record |= {"rates": self.rates.record()}
-        optional = ("notes", "problems", "layouts", "memory")
+            record |= {"step": steps.GPU_STEP} if self.rates.gpu else {}
+            record |= {"floor": self.rates.formula, "rates": self.rates.record()}
+        optional = ("notes", "problems", "layouts", "memory", "growth")
         record |= {k: v for k in optional if (v := getattr(self, k))}
         return record | {"rows": self.rows}
 
@@ -289,12 +313,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _missed(row: dict[str, Any]) -> str:
+    if "exponent" in row:
+        wanted = f"<= {row['at_most']}" if row["at_most"] is not None else f">= {row['at_least']}"
+        return f"{row['variant']} with {row['series']}: {row['exponent']:.2f}, wanted {wanted}"
     if row.get("limit_s") is not None:
         limit = row["limit_s"]
         return f"{row['variant']} {row['median_s'] * 1e6:.1f} us, wanted {limit * 1e6:g}"
+    if row.get("over_s") is not None:
+        over, limit = row["over_s"] * 1e6, row["over_limit_s"] * 1e6
+        return f"{row['variant']} {over:.1f} us over {report.PRODUCTS}, wanted {limit:g}"
     if "bytes" in row:
         return exact_memory.words(row)
-    return f"{row['variant']} / {row['ratio_base']} {row['ratio']:.2f}, wanted {row['target']}"
+    return f"{row['variant']} / {row['ratio_base']} {row['ratio']:.2f}, wanted {row['target']:.3g}"
 
 
 def _is_source_tree() -> bool:

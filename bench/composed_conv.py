@@ -7,7 +7,8 @@ The spline follows the public code's manner:
 - elements inside and outside the interval are picked and put back by boolean masks, whose sizes the
   host has to wait for;
 - the smallest and the largest element are compared with the interval on the host;
-- the bin is found by comparing with all knots, and its seven numbers by as many gathers.
+- the bin is found by comparing with all knots, and its seven numbers by as many gathers;
+- the inverse checks on the host that every element has a root.
 
 Left out: the second check behind a failed one, which only prints, and the search of a NaN in it.
 As there, a batch with no element inside the interval is an error.
@@ -47,27 +48,31 @@ def _find_bin(knots: Tensor, x: Tensor) -> Tensor:
     return (torch.sum(x[..., None] >= knots, dim=-1) - 1)[..., None]
 
 
-def _inside(
-    x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float
-) -> tuple[Tensor, Tensor]:
-    """The spline and the log of its slope for n elements (n,), each with parameters of its own."""
+Numbers = tuple[Tensor, ...]
+
+
+def _of_bins(x: Tensor, raw: Numbers, bound: float, inverse: bool = False) -> Numbers:
+    """For n elements (n,) with parameters of their own: x0, w, y0, h of the bin, and its slopes.
+
+    The bin is the one that holds x or, for the inverse, y; the slopes are the bin's own, and those
+    at its two knots.
+    """
     if torch.min(x) < -bound or torch.max(x) > bound:
         raise ValueError(f"x must be inside [-{bound}, {bound}]")
 
+    widths, heights, slopes = raw
     knots_x, knots_y = _knots(widths, bound), _knots(heights, bound)
     widths = knots_x[..., 1:] - knots_x[..., :-1]
     heights = knots_y[..., 1:] - knots_y[..., :-1]
     slopes = SMALLEST + F.softplus(slopes)
-    k = _find_bin(knots_x, x)
+    k = _find_bin(knots_y if inverse else knots_x, x)
+    tables = (knots_x, widths, knots_y, heights, heights / widths, slopes, slopes[..., 1:])
+    return tuple(table.gather(-1, k)[..., 0] for table in tables)
 
-    def pick(table: Tensor) -> Tensor:
-        return table.gather(-1, k)[..., 0]
 
-    x0, w, y0 = pick(knots_x), pick(widths), pick(knots_y)
-    s = pick(heights / widths)
-    d0, d1 = pick(slopes), pick(slopes[..., 1:])
-    h = pick(heights)
-
+def _inside(x: Tensor, raw: Numbers, bound: float) -> tuple[Tensor, Tensor]:
+    """The spline and the log of its slope."""
+    x0, w, y0, h, s, d0, d1 = _of_bins(x, raw, bound)
     t = (x - x0) / w
     both = t * (1 - t)
     numerator = h * (s * t.pow(2) + d0 * both)
@@ -75,6 +80,19 @@ def _inside(
     y = y0 + numerator / denominator
     slope = s.pow(2) * (d1 * t.pow(2) + 2 * s * both + d0 * (1 - t).pow(2))
     return y, torch.log(slope) - 2 * torch.log(denominator)
+
+
+def _inside_inverse(y: Tensor, raw: Numbers, bound: float) -> Tensor:
+    """The x of each y: the root in [0, 1] of the quadratic a t^2 + b t + c, in its stable form."""
+    x0, w, y0, h, s, d0, d1 = _of_bins(y, raw, bound, inverse=True)
+    above, bend = y - y0, d0 + d1 - 2 * s
+    a = above * bend + h * (s - d0)
+    b = h * d0 - above * bend
+    c = -s * above
+    discriminant = b.pow(2) - 4 * a * c
+    if not (discriminant >= 0).all():
+        raise ValueError("y must be a value of the spline")
+    return 2 * c / (-b - torch.sqrt(discriminant)) * w + x0
 
 
 class ComposedSpline(nn.Module):
@@ -91,21 +109,30 @@ class ComposedSpline(nn.Module):
         self.derivatives = nn.Parameter(0.01 * torch.randn(1, *event_shape, bins - 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        inside, raw = self._raw(x)
+        outside = ~inside
+        y, log_slope = torch.zeros_like(x), torch.zeros_like(x)
+        y[outside] = x[outside]
+        log_slope[outside] = 0
+        y[inside], log_slope[inside] = _inside(x[inside], raw, self.bound)
+        return y, log_slope.flatten(1).sum(-1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        inside, raw = self._raw(y)
+        outside = ~inside
+        x = torch.zeros_like(y)
+        x[outside] = y[outside]
+        x[inside] = _inside_inverse(y[inside], raw, self.bound)
+        return x
+
+    def _raw(self, x: Tensor) -> tuple[Tensor, Numbers]:
+        """Which elements are inside the interval, and their raw widths, heights and slopes."""
         repeats = (len(x),) + (1,) * x.dim()
         widths = self.widths.repeat(repeats)
         heights = self.heights.repeat(repeats)
-        derivatives = self.derivatives.repeat(repeats)
-
+        slopes = F.pad(self.derivatives.repeat(repeats), (1, 1)) + UNIT_SLOPE
         inside = (x >= -self.bound) & (x <= self.bound)
-        outside = ~inside
-        y, log_slope = torch.zeros_like(x), torch.zeros_like(x)
-        slopes = F.pad(derivatives, (1, 1)) + UNIT_SLOPE
-        y[outside] = x[outside]
-        log_slope[outside] = 0
-        y[inside], log_slope[inside] = _inside(
-            x[inside], widths[inside, :], heights[inside, :], slopes[inside, :], self.bound
-        )
-        return y, log_slope.flatten(1).sum(-1)
+        return inside, (widths[inside, :], heights[inside, :], slopes[inside, :])
 
 
 class ComposedSqueeze(nn.Module):
@@ -116,6 +143,12 @@ class ComposedSqueeze(nn.Module):
         x = x.view(batch, channels, height // 2, 2, width // 2, 2)
         x = x.permute(0, 1, 3, 5, 2, 4).contiguous()
         return x.view(batch, 4 * channels, height // 2, width // 2)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        batch, channels, height, width = z.shape
+        z = z.view(batch, channels // 4, 2, 2, height, width)
+        z = z.permute(0, 1, 4, 2, 5, 3).contiguous()
+        return z.view(batch, channels // 4, 2 * height, 2 * width)
 
 
 def _log_abs_det(layer: ComposedConv2d, image: Tensor) -> Tensor:
@@ -155,6 +188,7 @@ class ComposedConv(ComposedFlow):
             if index + 1 < layers:
                 modules.append(ComposedSpline((channels, height, width)))
         self.layers = nn.ModuleList(modules)
+        self.latent_shape = (channels, height, width)
         self.to(device, dtype)
 
     def _push(self, x: Tensor, log_det: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
@@ -167,3 +201,9 @@ class ComposedConv(ComposedFlow):
                 log_det = log_det + _log_abs_det(layer, x[0])
             x = layer(x)
         return x, log_det
+
+    def _pull(self, z: Tensor) -> Tensor:
+        x = z.view(len(z), *self.latent_shape)
+        for layer in reversed(self.layers):
+            x = layer.inverse(x)
+        return x

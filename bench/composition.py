@@ -1,18 +1,21 @@
-"""The training step of the paper's public code, composed of stock PyTorch operations.
+"""The training step and samples of the paper's public code, composed of stock PyTorch operations.
 
 This is the baseline that the native layers are compared with; the spline and the convolutional
-model are in ``composed_conv``. It follows the public code's manner:
+model are in ``composed_conv``, Glow in ``composed_glow``. It follows the public code's manner:
 
 - separate deltas: one weight gradient per term, nothing merged (ten products a layer and step);
 - the multiplicity is found by convolving ones over the whole batch, in every step;
 - the reconstruction penalty runs the layer again on a detached input and calls backward once per
   layer, apart from the backward of the loss;
 - a fully connected layer is a 1x1 convolution on images of one pixel;
-- the inverse term assumes a loss averaged over the batch, whatever its real scale.
+- the inverse term assumes a loss averaged over the batch, whatever its real scale;
+- samples: noise of the D x D normal; the learned inverse of a fully connected layer is a matrix
+  times a column for each sample, the inverse of an activation 100 steps of Newton's method.
 
 Left out, so that the baseline is no slower than it has to be: the public code's cache of the
 multiplicity (it never hits and keeps 128 batches alive), its extra copy of each flipped kernel, its
-masking of NaN losses and its ``.item()`` in every step.
+masking of NaN losses and its ``.item()`` in every step; the log-density of each sample's noise, and
+what its splines compute of their slopes while sampling.
 
 Source: Keller et al. 2021, "Self Normalizing Flows", equations 10, 11, 15-17, 20-22 and 27.
 """
@@ -111,6 +114,11 @@ class ComposedConv2d(nn.Module):
         self.input = x
         return _ComposedConv2d.apply(x, self.weight, self.bias, self.weight_inv, self.padding)
 
+    def inverse(self, z: Tensor) -> Tensor:
+        """x by the learned inverse."""
+        y = z if self.bias is None else z - self.bias.view(1, -1, 1, 1)
+        return F.conv2d(y, self.weight_inv, padding=self.padding)
+
     def reconstruction_backward(self, recon_weight: float) -> Tensor:
         """Adds the gradients of recon_weight * mean_b |x_b - R W x_b|^2; returns that value."""
         x = self.input.detach()
@@ -131,6 +139,10 @@ class ComposedLinear(ComposedConv2d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.view(*x.shape, 1, 1)).flatten(1)
 
+    def inverse(self, z: Tensor) -> Tensor:
+        y = z if self.bias is None else z - self.bias
+        return torch.matmul(self.weight_inv[:, :, 0, 0], y.unsqueeze(-1)).squeeze(-1)
+
 
 def composed_backward(
     loss: Tensor, layers: Iterable[ComposedConv2d], recon_weight: float = 1.0
@@ -149,10 +161,20 @@ class SmoothLeakyReLU(nn.Module):
         self.alpha = alpha
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        alpha = self.alpha
-        y = alpha * x + (1 - alpha) * torch.stack((torch.zeros_like(x), x)).logsumexp(0)
-        slope = alpha + (1 - alpha) * torch.sigmoid(x)
-        return y, slope.abs().log().flatten(1).sum(-1)
+        return self._value(x), self._slope(x).abs().log().flatten(1).sum(-1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        x = y
+        for _ in range(100):
+            x = x - (self._value(x) - y) / self._slope(x).clamp(min=1e-2)
+        return x
+
+    def _value(self, x: Tensor) -> Tensor:
+        softplus = torch.stack((torch.zeros_like(x), x)).logsumexp(0)
+        return self.alpha * x + (1 - self.alpha) * softplus
+
+    def _slope(self, x: Tensor) -> Tensor:
+        return self.alpha + (1 - self.alpha) * torch.sigmoid(x)
 
 
 def base_distribution(
@@ -223,6 +245,23 @@ class ComposedFlow(nn.Module):
         """Exact log-likelihood of images x, (B, C, H, W) -> (B,), nats; dense determinants."""
         return self._log_prob(x, exact=True)
 
+    @torch.no_grad()
+    def sample(self, count: int) -> Tensor:
+        """``count`` images by the learned inverses."""
+        return self.pull(self.base.sample((count,)))
+
+    @torch.no_grad()
+    def pull(self, z: Tensor) -> Tensor:
+        """Images (B, C, H, W) from noise (B, D), by the learned inverses."""
+        x = torch.sigmoid(self._pull(z))
+        for shift, scale in zip(self.shifts.flip(0), self.scales.flip(0), strict=True):
+            x = x * scale + shift
+        return x.floor().clamp(0, 255)
+
+    def _pull(self, z: Tensor) -> Tensor:
+        """Back from z (B, D) to preprocessed images."""
+        raise NotImplementedError
+
     def training_backward(self, x: Tensor) -> None:
         """Gradients of the mean negative log-likelihood and of the penalties."""
         loss = -self._log_prob(x, exact=False).sum() / len(x)
@@ -246,6 +285,7 @@ class ComposedFC(ComposedFlow):
         dtype: torch.dtype | None = None,
     ) -> None:
         features = torch.Size(event_shape).numel()
+        self.event_shape = event_shape
         super().__init__(features, base, recon_weight, device, dtype)
         self.linears = nn.ModuleList(ComposedLinear(features) for _ in range(layers))
         self.activation = SmoothLeakyReLU(0.3)
@@ -261,3 +301,11 @@ class ComposedFC(ComposedFlow):
                 x, slope = self.activation(x)
                 log_det = log_det + slope
         return x, log_det
+
+    def _pull(self, z: Tensor) -> Tensor:
+        x = z
+        for i, linear in reversed(list(enumerate(self.linears))):
+            x = linear.inverse(x)
+            if i:
+                x = self.activation.inverse(x)
+        return x.view(len(x), *self.event_shape)

@@ -22,8 +22,21 @@ def pytest_report_header(config: pytest.Config) -> str:
     return str(machine_noise(config.getoption("--device")))
 
 
+@pytest.fixture(scope="session")
+def variants_of():
+    """Builds the variants of a case once for all its tests, which follow each other."""
+    last = []
+
+    def variants_of(case, build, **options):
+        if not last or last[0] is not case:
+            last[:] = case, {v.name: v for v in build(case, **options)}
+        return last[1]
+
+    return variants_of
+
+
 @pytest.fixture
-def run(benchmark, request):
+def run(benchmark, request, variants_of):
     """Times the named variant of a case; see ``bench.compare`` for ratios, which interleaves."""
     quick = request.config.getoption("--quick")
     compiled = request.config.getoption("--compile")
@@ -37,8 +50,7 @@ def run(benchmark, request):
             pytest.skip("the native backend is not built")
         if name.startswith("compiled") and not compiled:
             pytest.skip("torch.compile takes a minute a case; ask for it with --compile")
-        built = build(case, compiled=compiled, device=device)
-        variants: dict[str, Variant] = {v.name: v for v in built}
+        variants: dict[str, Variant] = variants_of(case, build, compiled=compiled, device=device)
         if name not in variants:
             pytest.skip(f"{name} is not timed at {case.name}")
         variant = variants[name]
@@ -51,6 +63,7 @@ def run(benchmark, request):
 
         with variant.context():
             inner = calibrate(step, lambda: None, 0.005 if quick else 0.02)
-            benchmark.pedantic(step, rounds=5 if quick else 15, iterations=inner)
+            rounds = 5 if quick else min(15, getattr(case, "rounds", None) or 15)
+            benchmark.pedantic(step, rounds=rounds, iterations=inner)
 
     return run

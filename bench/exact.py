@@ -1,4 +1,4 @@
-"""Exact values of one convolution, each way of computing them; see ``bench.cases.EXACT``.
+"""Exact values of one convolution, each way of computing them; see ``bench.exact_cases.EXACT``.
 
 - package: ``snf_ext.exact``, named after its plan: "package (blocks)" and "package (fourier)";
 - dense: LU of the whole matrix, up to D = 3072, as the package did before;
@@ -22,7 +22,7 @@ from snf_ext.exact.block_lu import BlockLU
 from snf_ext.exact.plan import Layout, layout_of, layouts
 from snf_ext.layers.initial import near_identity
 
-from .cases import ExactCase
+from .exact_cases import ExactCase
 from .exact_dense import dense_log_abs_det, dense_lu
 from .timing import Variant, interleave
 

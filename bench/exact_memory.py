@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from .cases import MEMORY, ExactCase, MemoryCase
 from .exact import exact_variants
+from .exact_cases import MEMORY, ExactCase, MemoryCase
 
 __all__ = ["measure", "words"]
 

@@ -15,26 +15,29 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from .plot_figure4 import draw_figure4
 from .report import headline
 
 __all__ = ["draw"]
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Linear: time against D. Others: time relative to native or to the package, case by case.
+    """Linear, figure4: time against size. Others: time relative to native or to the package.
 
     Of a GPU: times beside their floor, case by case.
     """
     rows = result["rows"]
-    if "floor_s" in rows[0]:
-        kind, lines = _floors, len({(r["case"], _eager(r)) for r in rows})
-        size = (8.0, max(5.0, 0.15 * lines))
+    if result["suite"] == "figure4":
+        figure = plt.figure(figsize=(11.0, 5.5), layout="constrained")
+        draw_figure4(figure, result)
     else:
         height = max(5.0, 0.2 * len({r["case"] for r in rows}))
-        kind, size = _curves if result["suite"] == "linear" else _dots, (8.0, height)
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    kind(axes, rows)
-    axes.set_title(headline(result["environment"]), fontsize=9)
+        kind = _curves if result["suite"] == "linear" else _dots
+        if "gpu" in result["environment"]:
+            kind, height = _floors, max(5.0, 0.15 * len({(r["case"], _eager(r)) for r in rows}))
+        figure, axes = plt.subplots(figsize=(8.0, height), layout="constrained")
+        kind(axes, rows)
+    figure.suptitle(headline(result["environment"]), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -27,6 +27,8 @@ BASES = (
     *("native, graph", "native, fused Adam, graph", "native", "reference"),
     *("package", "package (blocks)", "package (fourier)", "package (dense)"),  # of exact values
 )
+PRODUCTS = "products (out=)"  # what limits in microseconds count from
+SHORT = 2e-3  # seconds; a table of shorter steps is in microseconds
 
 
 def environment(command: str, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -131,18 +133,20 @@ def rows(
     targets: Mapping[str, float],
     rate: float,
     graph_us: Mapping[str, float] | None = None,
+    over_us: Mapping[str, float] | None = None,
     floors: Mapping[str, Floor] | None = None,
+    gpu: bool = False,
 ) -> list[dict[str, Any]]:
     """One record a variant: quartiles, the ratio to the first, the target and whether it is met.
 
     ``fraction`` is the rate of the case's necessary operations over the measured product rate, the
     same operations for every variant whatever it really does. Without a native build the ratios are
-    to the reference, and no target applies. With floors, which only a GPU has, the ratios are to
-    native as a CUDA graph, and targets apply only there.
+    to the reference, and no target applies. On a GPU the ratios are to native as a CUDA graph, and
+    targets apply only there.
     """
     base = timings[next(name for name in BASES if name in timings)]
     judged = base.name.startswith(("native", "package")) and (
-        floors is None or base.name.endswith(", graph")
+        not gpu or base.name.endswith(", graph")
     )
     result = []
     for name, timing in timings.items():
@@ -168,11 +172,27 @@ def rows(
         }
         if floors is not None:
             record |= _against_floor(median, floors[name])
+        if gpu:
+            record["limit_s"] = None
             limit = (graph_us or {}).get(name.removesuffix(", graph"))
             if limit is not None and name.endswith(", graph"):
                 record |= {"limit_s": limit * 1e-6, "met": median <= limit * 1e-6}
+        if over_us is not None and name in over_us:
+            record |= _over_products(timing, timings[PRODUCTS], over_us[name] * 1e-6)
         result.append(record)
     return result
+
+
+def _over_products(timing: Timing, products: Timing, limit: float) -> dict[str, Any]:
+    """How much longer a step takes than the bare products, paired by round."""
+    low, median, high = timing.over(products)
+    return {
+        "over_s": median,
+        "over_q1_s": low,
+        "over_q3_s": high,
+        "over_limit_s": limit,
+        "met": median <= limit,
+    }
 
 
 def _against_floor(median: float, floor: Floor) -> dict[str, Any]:
@@ -182,14 +202,17 @@ def _against_floor(median: float, floor: Floor) -> dict[str, Any]:
         "floor_bytes_s": floor.bytes,
         "floor_launches_s": floor.launches,
         "fraction_of_floor": floor.seconds / median,
-        "limit_s": None,
     }
 
 
 def print_table(records: Sequence[Mapping[str, Any]]) -> None:
-    """One line a variant: median and [quartiles]; milliseconds, with floors microseconds."""
+    """One line a variant: median and [quartiles]; milliseconds, where all are short microseconds.
+
+    The rate that is reached gives way to the floor and what is reached of that, where there is one.
+    """
     base, with_floor = records[0]["ratio_base"], "floor_s" in records[0]
-    unit, scale, digits = ("us", 1e6, 1) if with_floor else ("ms", 1e3, 3)
+    short = max(r["median_s"] for r in records) < SHORT
+    unit, scale, digits = ("us", 1e6, 1) if short else ("ms", 1e3, 3)
     name_width = max(22, len(records[0]["case"]) + 1, *(len(r["variant"]) + 3 for r in records))
     ratio_width = max(12, len(base) + 3)
     last = f"{'floor':>8}{'reached':>9}" if with_floor else f"{'of rate':>8}"
@@ -202,7 +225,7 @@ def print_table(records: Sequence[Mapping[str, Any]]) -> None:
         ratios = f"[{r['ratio_q1']:.2f} {r['ratio_q3']:.2f}]"
         last = f"{r['fraction_of_product_rate']:>8.2f}"
         if with_floor:
-            last = f"{r['floor_s'] * scale:>8.1f}{r['fraction_of_floor']:>9.2f}"
+            last = f"{r['floor_s'] * scale:>8.{digits}f}{r['fraction_of_floor']:>9.2f}"
         print(
             f"  {r['variant']:<{name_width - 2}}{r['median_s'] * scale:>9.{digits}f}  {spread:<19}"
             f"{r['ratio']:>{ratio_width}.2f}  {ratios:<17}{last}  {_target(r)}".rstrip()
@@ -214,7 +237,10 @@ def _target(record: Mapping[str, Any]) -> str:
     met = "met" if record["met"] else "NOT MET"
     if record.get("limit_s") is not None:
         return f"<= {record['limit_s'] * 1e6:g} us {met}"
-    return "" if record["target"] is None else f">= {record['target']:<5} {met}"
+    if "over_s" in record:
+        over, limit = record["over_s"] * 1e6, record["over_limit_s"] * 1e6
+        return f"{over:.1f} us over {PRODUCTS}, <= {limit:g} {met}"
+    return "" if record["target"] is None else f">= {record['target']:<5.3g} {met}"
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ from .timing import Variant, product_step
 
 __all__ = [
     "GPU_STEP",
+    "backend_context",
     "backends",
     "conv_variants",
     "linear_variants",
@@ -41,9 +42,6 @@ GPU_STEP = (
     "layers: forward, and backward from given gradients of z, log_det and recon, that of x "
     "included; models: loss, backward, Adam"
 )
-
-# The dense matrix of a convolution is only worth factorising, and timing, up to this size.
-EXACT_CONV_FEATURES = 1024
 
 # Why no CUDA graph is tried: one that fails half-way can spoil those after it.
 FACTORISES = "its factorisation may synchronise"
@@ -67,7 +65,8 @@ def _is_cuda(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def _backend(name: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
+def backend_context(name: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """What a variant's calls are made in to run on a backend."""
     return lambda: snf_ext.use_backend(name)
 
 
@@ -83,8 +82,13 @@ def _layer_loss(z: Tensor, log_det: Tensor | float = 0.0, recon: Tensor | float 
 
 def _ending(x: Tensor) -> End:
     """The rest of a step on the batch x, after the layer's outputs."""
-    if not _is_cuda(x.device):
-        return lambda *outputs: _layer_loss(*outputs).backward()
+    if _is_cuda(x.device):
+        return _given_gradients(x)
+    return lambda *outputs: _layer_loss(*outputs).backward()
+
+
+def _given_gradients(x: Tensor) -> End:
+    """Backward without a loss, from gradients that are there."""
     mean = x.new_full((len(x),), 1 / len(x))
     given = (torch.randn_like(x) / len(x), -mean, mean)
 
@@ -102,16 +106,32 @@ def _variant(
     leaves: tuple[Tensor, ...],
     backend: str | None = None,
     comparable: bool = True,
+    adam: bool = False,
 ) -> Variant:
-    """A step that starts from empty gradients, as after optimizer.zero_grad()."""
+    """A step that starts from empty gradients, as after optimizer.zero_grad().
+
+    ``leaves`` are x and the parameters; with ``adam`` a step ends with these updated.
+    """
+    rest = _adam(leaves[1:]) if adam else None
 
     def step() -> None:
         for leaf in leaves:
             leaf.grad = None
         run()
+        if rest is not None:
+            rest.step()
 
-    context = contextlib.nullcontext if backend is None else _backend(backend)
-    return Variant(name, step, context, leaves if comparable else ())
+    context = contextlib.nullcontext if backend is None else backend_context(backend)
+    return Variant(name, step, context, leaves if comparable else (), adam=adam)
+
+
+def _adam(parameters: Sequence[Tensor]) -> torch.optim.Adam:
+    """torch's fused Adam, its fastest.
+
+    At so small a rate thousands of steps down the same gradient leave the weights in place.
+    """
+    capturable = _is_cuda(parameters[0].device)
+    return torch.optim.Adam(parameters, lr=1e-9, fused=True, capturable=capturable)
 
 
 def _leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -119,11 +139,20 @@ def _leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _operator(
-    name: str, function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], end: End
+    name: str,
+    function: Callable[..., tuple[Tensor, ...]],
+    tensors: tuple[Tensor, ...],
+    end: End,
+    comparable: bool = True,
+    adam: bool = False,
 ) -> Variant:
-    """A step through a function of (x, weight, weight_inv, bias)."""
+    """A step through a function of x and parameters, by default (x, weight, weight_inv, bias)."""
     leaves = _leaves(*tensors)
-    return _variant(name, lambda: end(*function(*leaves)), leaves)
+
+    def run() -> None:
+        end(*function(*leaves))
+
+    return _variant(name, run, leaves, comparable=comparable, adam=adam)
 
 
 def _module(
@@ -136,34 +165,19 @@ def _module(
 ) -> Variant:
     """A step through a self-normalizing layer of the package, perhaps with its fused Adam."""
     x, parameters = _load(layer, tensors)
-
-    def backward() -> None:
-        end(*layer(x))
-
-    run = _then_adam(backward, parameters) if adam else backward
-    variant = _variant(name, run, (x, *parameters), backend)
-    return dataclasses.replace(variant, adam=adam)
+    return _variant(name, lambda: end(*layer(x)), (x, *parameters), backend, adam=adam)
 
 
-def _then_adam(backward: Callable[[], None], parameters: Sequence[Tensor]) -> Callable[[], None]:
-    # So small a rate that thousands of steps down the same gradient leave the weights in place.
-    optimizer = torch.optim.Adam(parameters, lr=1e-9, fused=True, capturable=True)
-
-    def run() -> None:
-        backward()
-        optimizer.step()
-
-    return run
-
-
-def _composed(layer: ComposedConv2d, tensors: tuple[Tensor, ...], end: End) -> Variant:
+def _composed(
+    layer: ComposedConv2d, tensors: tuple[Tensor, ...], end: End, adam: bool = False
+) -> Variant:
     x, parameters = _load(layer, tensors)
 
     def run() -> None:
         end(layer(x))
         layer.reconstruction_backward(1.0)
 
-    return _variant("composed", run, (x, *parameters))
+    return _variant("composed", run, (x, *parameters), adam=adam)
 
 
 def _load(layer: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -203,7 +217,7 @@ def _compiled(
 def linear_variants(
     case: LinearCase, *, compiled: bool = False, device: torch.device | str = "cpu"
 ) -> list[Variant]:
-    """Every way of doing the step of one fully connected layer."""
+    """Every way of doing the step of one fully connected layer, each with Adam if the case is."""
     torch.manual_seed(0)
     d, batch = case.features, case.batch
     x = torch.randn(batch, d)
@@ -212,38 +226,19 @@ def linear_variants(
     x, weight, weight_inv, bias = tensors
     end = _ending(x)
 
-    variants = []
-    if native_is_built(device):
-        for adam in (False, True) if _is_cuda(device) else (False,):
-            layer = snf_ext.SelfNormLinear(d)
-            name = "native, fused Adam" if adam else "native"
-            native = _module(name, layer, tensors, end, "native", adam)
-            variants.append(native)
-            if _is_cuda(device):
-                tf32 = name.replace("native", "native TF32")
-                variants.append(
-                    # Other gradients by the rounding, so not compared.
-                    dataclasses.replace(
-                        native, name=tf32, context=_native_tf32, leaves=(), tf32=True
-                    )
-                )
-    variants.append(_operator("reference", snf_ext.reference.snf_linear, tensors, end))
-    if compiled:
-        variants += _compiled(snf_ext.reference.snf_linear, tensors, end)
-    variants.append(_composed(ComposedLinear(d), tensors, end))
+    variants = _native_linear(case, tensors, end) if native_is_built(device) else []
+    reference, adam = snf_ext.reference.snf_linear, case.adam
+    variants.append(_operator("reference", reference, tensors, end, adam=adam))
+    if compiled and not adam:
+        variants += _compiled(reference, tensors, end)
+    variants.append(_composed(ComposedLinear(d), tensors, end, adam))
 
-    for name, function in (
-        ("exact", baselines.exact_linear),
-        ("relative", relative_linear),
-    ):
-        leaves = _leaves(x, weight, bias)
-
-        def run(function=function, leaves=leaves) -> None:
-            end(*function(*leaves))
-
-        variant = _variant(name, run, leaves, comparable=False)
-        no_graph = FACTORISES if name == "exact" else ""
-        variants.append(dataclasses.replace(variant, no_graph=no_graph))
+    one_weight = (x, weight, bias)
+    exact = _operator("exact", baselines.exact_linear, one_weight, end, False, adam)
+    variants.append(dataclasses.replace(exact, no_graph=FACTORISES))
+    variants.append(_operator("relative", relative_linear, one_weight, end, False, adam))
+    if adam:
+        return variants
 
     delta, error = torch.randn(2, batch, d, device=device).unbind()
     args = (x, delta, error, weight, weight_inv)
@@ -253,6 +248,28 @@ def linear_variants(
         Variant("products (fresh)", lambda: baselines.linear_products(*args)),
         Variant("products (out=)", lambda: baselines.linear_products(*args, out=out)),
     ]
+
+
+def _native_linear(case: LinearCase, tensors: tuple[Tensor, ...], end: End) -> list[Variant]:
+    """On a GPU always without and with Adam, and where products may round to TF32."""
+    x = tensors[0]
+    variants = []
+    for adam in (False, True) if _is_cuda(x.device) else (case.adam,):
+        name = "native, fused Adam" if adam and not case.adam else "native"
+        layer = snf_ext.SelfNormLinear(case.features)
+        native = _module(name, layer, tensors, end, "native", adam)
+        variants.append(native)
+        if _is_cuda(x.device):
+            name = name.replace("native", "native TF32")
+            # Other gradients by the rounding, so not compared.
+            variants.append(
+                dataclasses.replace(native, name=name, context=_native_tf32, leaves=(), tf32=True)
+            )
+    if case.over_us:  # judged without the loss, which takes longer than so small a layer
+        layer, rest = snf_ext.SelfNormLinear(case.features), _given_gradients(x)
+        given = _module("native, given gradients", layer, tensors, rest, "native", case.adam)
+        variants.append(dataclasses.replace(given, leaves=()))
+    return variants
 
 
 def conv_variants(
@@ -280,7 +297,7 @@ def conv_variants(
 
     exact = _exact_conv("exact", tensors, end)
     variants.append(dataclasses.replace(exact, no_graph=ON_HOST))
-    if case.features <= EXACT_CONV_FEATURES:
+    if case.features <= case.dense_features:
         dense = _exact_conv("exact (dense)", tensors, end)
         context = functools.partial(swapped, log_abs_det=dense_log_abs_det)
         variants.append(dataclasses.replace(dense, no_graph=FACTORISES, context=context))
@@ -317,7 +334,9 @@ def model_variants(
             step = _train(flow, lambda flow=flow: flow.loss(x).backward(), fused)
             name = f"{backend}, fused Adam" if fused else backend
             no_graph = "" if fused else ADAM_ON_HOST
-            variants.append(Variant(name, step, _backend(backend), no_graph=no_graph, adam=True))
+            variants.append(
+                Variant(name, step, backend_context(backend), no_graph=no_graph, adam=True)
+            )
     for label, base in (("DxD base", "multivariate"), ("normal base", "normal")):
         composed = composed_like(start, case, base)
         step = _train(composed, lambda flow=composed: flow.training_backward(x), fused=False)

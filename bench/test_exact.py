@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import EXACT
 from bench.exact import exact_variants
+from bench.exact_cases import EXACT
 
 VARIANTS = ("package (blocks)", "package (fourier)", "dense", "band")
 

@@ -71,6 +71,10 @@ class Timing:
         """Quartiles of this time over the other's, paired by round: drift cancels."""
         return quartiles([a / b for a, b in zip(self.seconds, other.seconds, strict=True)])
 
+    def over(self, other: Timing) -> tuple[float, float, float]:
+        """Quartiles of this time less the other's, paired in the same way."""
+        return quartiles([a - b for a, b in zip(self.seconds, other.seconds, strict=True)])
+
 
 @dataclass(frozen=True)
 class Noise:

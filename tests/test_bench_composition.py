@@ -11,6 +11,7 @@ import torch
 # Last in the path, so that an installed package is not shadowed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+import snf_ext
 from bench import baselines, cases, models, steps
 from bench.composed_conv import ComposedConv, ComposedSpline
 from bench.composition import (
@@ -166,6 +167,7 @@ def test_model_gradients_and_exact_likelihood():
 SMALL = {
     "fc": cases.ModelCase("fc", (1, 4, 4), 2),
     "conv": cases.ModelCase("conv", (1, 8, 8), 6, model="conv", blocks=3),
+    "glow": cases.ModelCase("glow", (1, 8, 8), 4, batch=4, model="glow", blocks=2, hidden=5),
 }
 
 
@@ -253,6 +255,22 @@ def test_convolutional_model_is_that_of_the_paper():
     torch.manual_seed(0)
     composed.training_backward(x)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in composed.parameters())
+
+
+def test_glow_is_that_of_the_paper():
+    """What is counted leaves out actnorm's shift and scale."""
+    case = next(c for c in cases.MODELS if c.model == "glow")
+    flow = models.make_flow(case)
+    actnorm = [m for m in flow.modules() if isinstance(m, snf_ext.ActNorm)]
+    assert len(actnorm) == case.layers == 8
+    assert all(m.initialized for m in actnorm)
+    counted = sum(p.numel() for p in flow.parameters()) - 4 * 2 * (4 + 8)
+    assert case.parameters == counted
+    # Six products of each mixing layer, three of each convolution in a coupling.
+    mixing = 4 * (4**2 * 14**2 + 8**2 * 7**2)
+    first, second = (2 * 9 * 16 + 16**2 + 16 * 9 * 4), (4 * 9 * 16 + 16**2 + 16 * 9 * 8)
+    couplings = 5 * first * 14**2 + 4 * second * 7**2
+    assert case.flops == 2 * 100 * (6 * mixing + 3 * couplings)
 
 
 def test_all_models_of_a_case_start_from_the_same_numbers():

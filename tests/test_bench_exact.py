@@ -18,6 +18,7 @@ from bench import (
     cases,
     compare,
     exact,
+    exact_cases,
     exact_dense,
     exact_memory,
 )
@@ -25,11 +26,11 @@ from bench.timing import Noise, Timing, Variant
 
 OPERATIONS = ("log-det", "log-det + gradient", "solve", "factorise + solve")
 SMALL = {
-    "blocks": cases.ExactCase("", 2, 24, 4),
-    "away": cases.ExactCase("", 2, 24, 4, away=True),
-    "groups": cases.ExactCase("", 4, 24, 3, groups=2),
-    "dilation": cases.ExactCase("", 2, 24, 4, dilation=2),
-    "circular": cases.ExactCase("", 2, 6, 5, circular=True),
+    "blocks": exact_cases.ExactCase("", 2, 24, 4),
+    "away": exact_cases.ExactCase("", 2, 24, 4, away=True),
+    "groups": exact_cases.ExactCase("", 4, 24, 3, groups=2),
+    "dilation": exact_cases.ExactCase("", 2, 24, 4, dilation=2),
+    "circular": exact_cases.ExactCase("", 2, 6, 5, circular=True),
 }
 
 
@@ -56,7 +57,7 @@ def test_all_ways_compute_the_same(name, operation):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_values_against_the_layer(operation):
     """What the steps return is what they claim to."""
-    case = cases.ExactCase(operation, 2, 3, 4)
+    case = exact_cases.ExactCase(operation, 2, 3, 4)
     weight = exact.make_weight(case)
     matrix = snf_ext.exact.conv2d_matrix(weight, (3, 4))
     for v in exact.exact_variants(case):
@@ -89,7 +90,7 @@ def test_a_difference_is_seen(what):
 
 def test_weights_are_what_their_names_say():
     near, away = (
-        exact.make_weight(cases.ExactCase("", 8, 4, 4, away=away)) for away in (False, True)
+        exact.make_weight(exact_cases.ExactCase("", 8, 4, 4, away=away)) for away in (False, True)
     )
     dirac = torch.nn.init.dirac_(torch.empty(8, 8, 3, 3, dtype=torch.float64))
     assert 0 < (near - dirac).std() < 0.01 * 0.2
@@ -105,7 +106,7 @@ def test_table_has_the_targets_and_an_end_to_dense():
     assert targets["log-det 16x7x7 k=3 away"] == 3
     assert targets["log-det + gradient 12x16x16 k=3"] == 15
     assert len(targets) == 10
-    large = cases.ExactCase("log-det", 3, 64, 64)
+    large = exact_cases.ExactCase("log-det", 3, 64, 64)
     assert large in table
     assert [v.name for v in exact.exact_variants(large)] == ["package (blocks)", "band"]
     assert cases.table("exact", "cuda") == ()
@@ -114,8 +115,8 @@ def test_table_has_the_targets_and_an_end_to_dense():
 @pytest.mark.parametrize(
     ("case", "count"),
     [
-        (cases.ExactCase("log-det", 2, 24, 4), 6),  # 1, 2, 4, 8, 16, 24 rows
-        (cases.ExactCase("log-det + gradient", 1, 6, 6, kernel=5), 3),  # 2, 4, 6 rows
+        (exact_cases.ExactCase("log-det", 2, 24, 4), 6),  # 1, 2, 4, 8, 16, 24 rows
+        (exact_cases.ExactCase("log-det + gradient", 1, 6, 6, kernel=5), 3),  # 2, 4, 6 rows
     ],
     ids=lambda case: getattr(case, "name", None),
 )
@@ -150,9 +151,9 @@ def test_no_blocks_no_sizes():
 
 @pytest.mark.parametrize("variant", ["package", "dense"])
 def test_memory_of_a_process_of_its_own(variant, monkeypatch):
-    large = cases.ExactCase("factorise + solve", 3, 32, 32, away=True)
-    case = cases.MemoryCase(large, variant, limit=10)
-    assert dataclasses.replace(case, limit=None) in cases.MEMORY
+    large = exact_cases.ExactCase("factorise + solve", 3, 32, 32, away=True)
+    case = exact_cases.MemoryCase(large, variant, limit=10)
+    assert dataclasses.replace(case, limit=None) in exact_cases.MEMORY
     row = exact_memory.measure(case)
     assert row["met"] is False
     dense = 8 * 3072**2
@@ -165,13 +166,13 @@ def test_memory_of_a_process_of_its_own(variant, monkeypatch):
 def test_memory_of_a_process_that_fails(monkeypatch):
     monkeypatch.setattr(exact_memory.sys, "executable", "false")
     with pytest.raises(RuntimeError, match="the process ended with exit status 1"):
-        exact_memory.measure(cases.MEMORY[0])
+        exact_memory.measure(exact_cases.MEMORY[0])
 
 
 def test_command_judges_and_records(monkeypatch, tmp_path, capsys):
     target = {"dense": 1.5}
     small = dataclasses.replace(SMALL["blocks"], operation="log-det", targets=target, quick=True)
-    memory = cases.MemoryCase(small, "package", limit=1)
+    memory = exact_cases.MemoryCase(small, "package", limit=1)
     row = {"case": small.name, "variant": "package", "bytes": 2_000_000, "limit_bytes": 1_000_000}
     row |= {"dense_matrix_bytes": 3_000_000, "met": False}
     monkeypatch.setattr(cases, "table", lambda *_: (small, memory))
