@@ -112,6 +112,7 @@ FILES = {
     "inverse-asymmetric-conv-cpu.json": inverse_study,
     "controllers-fc-cpu.json": controllers,
     "controllers-conv-cpu.json": controllers,
+    "controllers-glow-cpu.json": controllers,
     "inverse-time-fc-cpu.json": inverse_time,
     "inverse-time-conv-cpu.json": inverse_time,
     "inverse-shapes-cpu.json": inverse_shapes,
