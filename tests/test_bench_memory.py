@@ -13,13 +13,13 @@ import torch
 import snf_ext
 
 # Last in the path, so that an installed package is not shadowed.
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from bench import memory
 from bench.live_bytes import watch
 from bench.steps import native_is_built
 
+ROOT = Path(__file__).resolve().parents[1]
 FC, CONV = (next(c for c in memory.CASES if c.name.startswith(kind)) for kind in ("fc", "conv"))
 SMALL = {
     "fc": replace(FC, event_shape=(1, 8, 8), batch=20),
