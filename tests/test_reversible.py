@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from bijections_table import BIJECTIONS
 from small_flows import ContextAffine, Nest, conditional
+from test_training import CONFIG, new_run
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import snf_ext
-from snf_ext import NotReversible, Reversible, graphed
+from snf_ext import NotReversible, Reversible, cli, graphed
 from snf_ext.bijection import FlowStep, per_sample_zeros
+from snf_ext.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -566,3 +569,47 @@ def test_compiled_flows_run_the_passes_eagerly():
     whole = torch.compile(reversible.loss, backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="a reversible flow decides in Python"):
         whole(x)
+
+
+# ---- the training command
+
+
+def test_gradient_angles_are_measured_as_ever():
+    flow, reversible = twins(MODELS["conv"]())
+    angles = []
+    for f in (flow, reversible):
+        torch.manual_seed(3)
+        angles.append(snf_ext.gradient_angle(f, images(flow)[0] * 0 + 3))
+    assert angles[0] == angles[1]
+    assert len(angles[0]) == 6
+    assert reversible.reversible == Reversible()
+
+
+def test_a_run_trains_reversibly(tmp_path):
+    runs = {}
+    for name, mode in (("ordinary", False), ("reversible", True)):
+        run = new_run(tmp_path / name, replace(CONFIG, epochs=1, reversible=mode))
+        assert run.flow.reversible == (Reversible() if mode else None)
+        assert run.fit()
+        runs[name] = run.history[-1]
+    assert runs["reversible"]["val_nll"] == pytest.approx(runs["ordinary"]["val_nll"], rel=1e-4)
+    assert runs["reversible"]["angle"] == pytest.approx(runs["ordinary"]["angle"], rel=1e-2)
+    saved = checkpoint.load(tmp_path / "reversible" / "last.pt", resume=True)
+    assert saved["config"]["reversible"] is True
+
+
+def test_a_run_that_cannot_be_rebuilt_stops_and_says_where(tmp_path):
+    run = new_run(tmp_path / "run", replace(CONFIG, epochs=1, reversible=True, check_every=0))
+    with torch.no_grad():
+        run.flow.bijections[4].weight_inv.zero_()
+    with pytest.raises(snf_ext.Diverged, match=r"the input of bijections\.4 was rebuilt") as caught:
+        run.fit()
+    assert "train without --reversible" in str(caught.value)
+    assert caught.value.step == 1
+
+
+def test_the_command_line_asks_for_it():
+    pytest.importorskip("tyro")
+    for words, mode in ([], False), (["--reversible"], True):
+        options = cli._parse(["train", "--model", "fc", *words])
+        assert cli._config(options, None).reversible is mode
