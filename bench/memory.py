@@ -9,7 +9,8 @@ counted, nor an optimizer, which is the same for all. Three numbers a variant:
 - peak: the most bytes of tensors that are alive at once (``live_bytes``);
 - process: what the resident memory of a process of its own, on one thread, grows by at its peak, so
   that kernels' workspaces, pools and what an allocator does not give back are in. Linux only, read
-  from VmHWM; pages of code are in, and what a step on 8x8 images keeps is not. Not of the reference.
+  from VmHWM; pages of code are in, and what a step on 8x8 images keeps is not. Not taken of the
+  reference.
 
 Figures do not depend on how busy the machine is. ``limit`` is the share of the composition's peak
 that may be reached.
