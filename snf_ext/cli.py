@@ -114,7 +114,7 @@ class Train:
     """Batches that actnorm is initialised from; 1. More is steadier for small batches."""
     reversible: bool = False
     """Keep no activations for backward, which rebuilds them by the inverses: a fraction of the
-    memory, about twice the time."""
+    memory, two to four times the time."""
     seed: int | None = None
     """Seed of initialisation, order and noise; 0."""
     shuffle: bool = True

@@ -126,3 +126,16 @@ def test_recorded_figures_are_of_these_cases_and_meet_the_limits():
     limited = [row for row in rows if row["limit"] is not None]
     assert [row["variant"] for row in limited] == ["native", "native, reversible"]
     assert all(row["met"] for row in limited)
+
+
+def test_the_page_has_the_recorded_figures():
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    path = ROOT / "bench" / "results" / "memory-cpu.json"
+    if not path.is_file():
+        pytest.skip("no results beside these tests")
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        share = "" if row["share_of_composed"] is None else f"{row['share_of_composed']:.3f}"
+        process = "" if row["process_bytes"] is None else f"{row['process_bytes'] / 1e6:.1f}"
+        name = f"{row['case']} | {row['variant']}"
+        numbers = f"{row['saved_bytes'] / 1e6:.2f} | {row['peak_bytes'] / 1e6:.2f}"
+        assert f"| {name} | {numbers} | {share} | {process} |\n" in page

@@ -339,6 +339,23 @@ def test_a_measured_step_sees_the_same_angles():
     assert len(angles[0]) == 6
 
 
+@pytest.mark.parametrize("name", ["conv", "glow", "fc-debiased"])
+def test_any_device(device, name):
+    flow, reversible = twins(MODELS[name]().to(device), torch.float32)
+    assert_same(flow, reversible, loss, images(flow, dtype=torch.float32)[0].to(device))
+
+
+@pytest.mark.parametrize("make", [lambda: snf_ext.SelfNormLinear(6), lambda: BIJECTIONS[4].make()])
+def test_refining_without_looking_takes_all_steps(make):
+    layer = make().double()
+    x = torch.randn(5, *((6,) if isinstance(layer, snf_ext.SelfNormLinear) else (4,))).double()
+    z = layer(x).z.detach()
+    blind, seeing = layer._refined(z, 40, wait=False), layer._refined(z, 40)
+    assert seeing.steps < blind.steps == 40
+    torch.testing.assert_close(blind.x, seeing.x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(blind.x, x, rtol=1e-9, atol=1e-9)
+
+
 # ---- what is kept
 
 
