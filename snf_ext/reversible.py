@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import passes
+from .backend import backend, use_backend
 from .bijection import Bijection, FlowStep, per_sample_sum, per_sample_zeros
 from .refine import checked_steps
 from .rerun import FirstRun, autocast_of_now
@@ -184,7 +185,7 @@ class _Pass:
 
     def forward(self, x: Tensor, context: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """z, and log_det and recon of each bijection; and the inputs that must be kept."""
-        self.autocast = autocast_of_now(x.device.type)
+        self.autocast, self.backend = autocast_of_now(x.device.type), backend()
         x, context = x.detach(), None if context is None else context.detach()
         outputs: list[Tensor] = []
         inputs: list[Tensor] = []
@@ -219,7 +220,7 @@ class _Pass:
         errors: list[tuple[Bijection, torch.dtype, Tensor]] = []
         self._check_parameters()
         steps = 0 if self.how.exact else self.how.refine
-        with self.autocast():
+        with self.autocast(), use_backend(self.backend):
             for i in reversed(range(len(self.bijections))):
                 bijection, run, sums = self.bijections[i], self.runs[i], self.sums[i]
                 if sums is None:

@@ -224,6 +224,18 @@ def test_autocast_is_that_of_the_forward_pass():
     assert_same(flow, reversible, under_autocast, *images(flow, dtype=torch.float32))
 
 
+def test_the_backend_is_that_of_the_forward_pass():
+    _, reversible = twins(MODELS["fc"]())
+    seen = []
+    reversible.bijections[4].register_forward_hook(lambda *args: seen.append(snf_ext.backend()))
+    with snf_ext.use_backend("reference"):
+        value = reversible.loss(*images(reversible))
+    before = snf_ext.backend()
+    value.backward()
+    assert seen == ["reference", "reference"]
+    assert snf_ext.backend() == before
+
+
 def test_half_precision_keeps_its_inputs():
     flow, reversible = twins(MODELS["fc"](), torch.bfloat16)
     (x,) = images(flow, dtype=torch.bfloat16)
