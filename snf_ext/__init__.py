@@ -56,6 +56,7 @@ from .layers import (
     initialize,
 )
 from .refine import InverseNotConverged, Refined
+from .reversible import NotReversible, Reversible
 from .training.angle import gradient_angle
 from .training.errors import Diverged
 from .training.guard import DivergenceGuard
@@ -95,6 +96,7 @@ __all__ = [
     "Logit",
     "ModifiedDifferentialMultipliers",
     "Normalize",
+    "NotReversible",
     "Penalty",
     "Permutation",
     "PlainConv1x1",
@@ -102,6 +104,7 @@ __all__ = [
     "Refined",
     "Relative",
     "RelativeLinear",
+    "Reversible",
     "SelfNormBijection",
     "SelfNormConv2d",
     "SelfNormLinear",

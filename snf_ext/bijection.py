@@ -8,6 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import passes
+
 
 class FlowStep(NamedTuple):
     """What a bijection's ``forward`` returns.
@@ -42,6 +44,14 @@ class Bijection(nn.Module):
     """Whether ``inverse`` takes ``refine``, the number of steps to improve a learned inverse by:
     its own, or those of bijections that it holds."""
 
+    nests: ClassVar[bool] = False
+    """Whether ``forward`` is a :func:`push` through bijections that it holds, so that reversible
+    training undoes those, one by one."""
+
+    undoes: bool = True
+    """Whether :meth:`undo` undoes ``forward``, in training mode too. Where not, or where somebody
+    sets it to False on one layer, reversible training keeps the input."""
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         """Map data ``x`` to noise; see :class:`FlowStep`."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
@@ -49,6 +59,18 @@ class Bijection(nn.Module):
     def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
         """Map noise ``z`` to data; ``exact=True`` by the true inverse, not the learned one."""
         raise NotImplementedError(f"{type(self).__name__} has no inverse")
+
+    def undo(
+        self, z: Tensor, context: Tensor | None = None, exact: bool = False, refine: int = 0
+    ) -> Tensor:
+        """The x that ``forward``, in the mode that this is in, made ``z`` of, up to rounding.
+
+        A learned inverse is refined by at most ``refine`` steps, without a wait for a GPU, or with
+        ``exact`` the true one is taken. For reversible training, without gradient.
+        """
+        if self.refines and not exact:
+            return self.inverse(z, context, refine=refine)  # type: ignore[call-arg]
+        return self.inverse(z, context, exact=True)
 
     def exact_forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         """``forward`` with the exact value of ``log_det``, whatever the mode."""
@@ -85,6 +107,9 @@ def push(
 
     ``exact`` takes the exact value of every ``log_det``, in training mode too.
     """
+    run = passes.runner()
+    if run is not None:
+        return run(bijections, x, context, exact)
     z, log_det, recon = x, per_sample_zeros(x), per_sample_zeros(x)
     for bijection in bijections:
         step = bijection.exact_forward(z, context) if exact else bijection(z, context)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import passes
 from .bijection import Bijection, FlowStep, wide_dtype
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ class Controller(nn.Module):
         weight = self.recon_weight
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
-                weight = self._update(recon, x)
+                weight = passes.once(self, partial(self._update, recon, x))
         return recon * weight.to(recon.dtype)
 
     def _update(self, recon: Tensor, x: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, reversible
 from .bijection import Bijection, FlowStep, per_sample_sum, pull, push, walk, wide_dtype
 from .exact import Plan
 from .refine import checked_refine
+from .reversible import Reversible
 
 
 class Flow(nn.Module):
@@ -25,6 +26,10 @@ class Flow(nn.Module):
         recon_weight: lambda, the weight of the reconstruction penalty in :meth:`loss`.
         context_features: K, the size of the context ``(B, K)`` that a conditional flow takes; 0
             for a flow that takes none.
+
+    Attributes:
+        reversible: None, or a :class:`Reversible`: passes that record gradients then keep no
+            activations, and backward rebuilds them.
 
     Raises:
         ValueError: ``recon_weight`` is negative or not finite, ``context_features`` negative.
@@ -58,6 +63,7 @@ class Flow(nn.Module):
         self.event_shape = tuple(event_shape)
         self.recon_weight = recon_weight
         self.context_features = context_features
+        self.reversible: Reversible | None = None
         latent_shape = self.event_shape
         for bijection in self._steps():
             latent_shape = tuple(bijection.output_shape(latent_shape))
@@ -242,7 +248,9 @@ class Flow(nn.Module):
         return list(self.bijections)  # type: ignore[arg-type]
 
     def _push(self, x: Tensor, context: Tensor | None, exact: bool) -> FlowStep:
-        return push(self._steps(), x, context, exact)
+        if self.reversible is None or not torch.is_grad_enabled():
+            return push(self._steps(), x, context, exact)
+        return reversible.push(self.reversible, self, self._steps(), x, context, exact)
 
     def _check_event(self, x: Tensor, name: str) -> None:
         if x.dim() == 0 or tuple(x.shape[1:]) != self.event_shape:

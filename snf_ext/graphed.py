@@ -202,6 +202,7 @@ class GraphedStep:
         }
         parameters = self._parameters()
         fixed["recon_weight"] = self._value_or_place(self.flow.recon_weight)
+        fixed["reversible"] = self.flow.reversible
         fixed["the mode of a module"] = [module.training for module in self._modules]
         fixed["what requires a gradient"] = [p.requires_grad for p in parameters]
         fixed["the place of a parameter"] = [p.data_ptr() for p in parameters]
@@ -225,6 +226,8 @@ class GraphedStep:
         name = type(self.optimizer).__name__
         if not self.flow.training:
             return "flow is in evaluation mode, where exact values wait for the GPU; use train()"
+        if self.flow.reversible is not None:
+            return "flow is reversible, and looks at what it rebuilt; use flow.reversible = None"
         if x.requires_grad:
             return "x requires a gradient, which a graph would overwrite instead of adding to it"
         if not torch.is_grad_enabled():

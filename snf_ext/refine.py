@@ -39,6 +39,7 @@ def refined(
     steps: int,
     event_dims: int = 1,
     layer: str | None = None,
+    wait: bool = True,
 ) -> Refined:
     """Solve ``W x = y``, given an approximate inverse R of W.
 
@@ -57,13 +58,15 @@ def refined(
         steps: the most that are taken.
         event_dims: number of dimensions of a sample.
         layer: what to call W in a warning; None for none.
+        wait: look after each step whether all samples are done. If False, all steps are taken, and
+            the host does not wait for a GPU.
 
     Warns:
         InverseNotConverged: ``layer`` is given, and a sample's last residual is above its first.
 
-    Cost: ``steps + 1`` products with W and with R, and one number read by the host a step, for
-    which a GPU waits. Products with W are full float32 whatever torch's settings (TF32, autocast):
-    rounding there would end up in x. The result is differentiable through the steps.
+    Cost: ``steps + 1`` products with W and with R, and with ``wait`` one number read by the host a
+    step, for which a GPU waits. Products with W are full float32 whatever torch's settings (TF32,
+    autocast): rounding there would end up in x. The result is differentiable through the steps.
     Source: iterative refinement; Golub and Van Loan, "Matrix Computations", 4th edition, 11.2.
 
     >>> W, R = torch.tensor([[2.0]]), torch.tensor([[0.4]])  # I - W R = 0.2
@@ -95,7 +98,7 @@ def refined(
         residual = first = last = relative(r)
         active = (first > precision) & first.isfinite()
         taken = 0
-        while taken < steps and bool(active.any()):
+        while taken < steps and (not wait or bool(active.any())):
             x = choose(active, x + backward(r), x)
             r = rest(x)
             last = relative(r)

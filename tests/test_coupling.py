@@ -115,6 +115,26 @@ def test_logs_scale_the_network_output(kind):
     torch.testing.assert_close(coupling.net(x), before * math.exp(1.5))
 
 
+def test_logs_are_learned_without_keeping_the_output():
+    last = stirred(AffineCoupling(4, 8)).net[-1]
+    x = torch.randn(2, 8, 5, 3, dtype=torch.float64, requires_grad=True)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = last(x)
+    assert y.shape not in kept
+    delta, leaves = torch.randn_like(y), [x, *last.parameters()]
+    plain = last.conv(x) * (3 * last.logs).exp()
+    torch.testing.assert_close(y, plain)
+    got = torch.autograd.grad(y, leaves, delta)
+    want = torch.autograd.grad(plain, leaves, delta)
+    torch.testing.assert_close(got, want)
+
+
 def test_vector_context_on_images_is_constant_maps():
     coupling = stirred(AffineCoupling(4, 8, context_features=3))
     x = torch.randn(2, 4, 3, 5, dtype=torch.float64)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, passes
 from ..bijection import Bijection, FlowStep, per_sample_zeros
 from .event import check_channels, checked_size
 
@@ -89,7 +90,7 @@ class ActNorm(Bijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         check_channels(x, "x", self.channels)
         if self.training and self._left > 0 and x.numel() > 0:
-            self._observe(x)
+            passes.once(self, partial(self._observe, x))
         return FlowStep(*ops.actnorm(x, self.shift, self.log_scale), per_sample_zeros(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:

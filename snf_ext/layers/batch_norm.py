@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from .. import passes
 from ..bijection import Bijection, FlowStep, per_sample_zeros, wide_dtype
 from .event import check_channels, checked_size
 
@@ -68,20 +70,33 @@ class BatchNorm(Bijection):
             )
         others = [d for d in range(x.dim()) if d != 1]
         var, mean = torch.var_mean(x.to(wide_dtype(x.dtype)), others, correction=0)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+        passes.once(self, partial(self._follow, mean.detach(), var.detach()))
         return self._normalize(x, mean, var)
 
     def exact_forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         check_channels(x, "x", self.channels)
         return self._normalize(x, self.running_mean, self.running_var)
 
+    def _follow(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a batch's numbers into the running ones; the former."""
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+        return mean, var
+
     def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
         check_channels(z, "z", self.channels)
-        log_scale = self._log_scale(z, self.running_var)
+        return self._denormalize(z, self.running_mean, self.running_var)
+
+    def undo(
+        self, z: Tensor, context: Tensor | None = None, exact: bool = False, refine: int = 0
+    ) -> Tensor:
+        numbers = passes.recalled(self)  # of the batch, in training mode
+        return self.inverse(z) if numbers is None else self._denormalize(z, *numbers)
+
+    def _denormalize(self, z: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        log_scale = self._log_scale(z, var)
         v = z.to(log_scale.dtype) - _per_channel(self.shift, z)
-        x = v * _per_channel(-log_scale, z).exp() + _per_channel(self.running_mean, z)
+        x = v * _per_channel(-log_scale, z).exp() + _per_channel(mean, z)
         return x.to(z.dtype)
 
     def _normalize(self, x: Tensor, mean: Tensor, var: Tensor) -> FlowStep:

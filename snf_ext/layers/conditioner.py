@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -24,7 +25,11 @@ class ScaledConv2d(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) * (3 * self.logs).exp()
+        # The kernel is scaled rather than the output, which autograd would have to keep for s.
+        assert self.conv.bias is not None
+        scale = (3 * self.logs).exp()
+        weight, bias = self.conv.weight * scale[..., None], self.conv.bias * scale.flatten()
+        return F.conv2d(x, weight, bias, padding=1)
 
 
 def image_network(inputs: int, outputs: int, width: int) -> nn.Sequential:

@@ -195,12 +195,22 @@ class SelfNormBijection(Bijection):
         check_events(z, "z", self.event_shape)
         return self._refined(z, checked_steps(steps, "steps"))
 
-    def _refined(self, z: Tensor, steps: int, layer: str | None = None) -> Refined:
+    def undo(
+        self, z: Tensor, context: Tensor | None = None, exact: bool = False, refine: int = 0
+    ) -> Tensor:
+        if exact:
+            return self.inverse(z, exact=True)
+        return self._refined(z, refine, wait=z.device.type == "cpu").x.to(z.dtype)
+
+    def _refined(
+        self, z: Tensor, steps: int, layer: str | None = None, wait: bool = True
+    ) -> Refined:
         # W of the linear iteration is g o f, and its R the identity.
         wide = wide_dtype(z.dtype)
         f, g = self._wide_f(z), _applied("g", self.g, partial(_widened, wide))
         aim = g(z.to(wide))
-        return refined(aim, lambda x: g(f(x)), lambda r: r, steps, len(self.event_shape), layer)
+        dims = len(self.event_shape)
+        return refined(aim, lambda x: g(f(x)), lambda r: r, steps, dims, layer, wait)
 
     def _wide_f(self, x: Tensor) -> EventMap:
         """f in the precision of log-determinants."""

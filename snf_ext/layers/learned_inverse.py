@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import exact, ops, tracking
+from .. import exact, ops, passes, tracking
 from ..bijection import Bijection, FlowStep, wide_dtype
 from ..constraint import Controller, weighted
 from ..reference.autocast import without_autocast
@@ -60,16 +60,20 @@ class LearnedInverse(Bijection):
             return self.exact_forward(x)
         learns = torch.is_grad_enabled() and self.weight.requires_grad
         if learns and isinstance(self.upkeep, Tracked):
-            self._image = tuple(x.shape[2:]) if self.event_dims == 3 else ()
-            if not self.held:
-                self.keep_up()
-            self._make_right_on(x.detach(), self.upkeep)
+            passes.once(self, partial(self._follow, x.detach(), self.upkeep))
         step = weighted(self._step(x), self.controller, x)
         if not (learns and self.debias.terms):
             return step
         lacking, self.growth = self._what_the_inverse_lacks(x)
         log_det = ops.with_gradient(step.log_det, self.weight, lacking)
         return FlowStep(step.z, log_det, step.recon)
+
+    def _follow(self, x: Tensor, how: Tracked) -> None:
+        """Bring a tracked inverse up to date, in a training step on x."""
+        self._image = tuple(x.shape[2:]) if self.event_dims == 3 else ()
+        if not self.held:
+            self.keep_up()
+        self._make_right_on(x, how)
 
     def exact_forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         z, log_det, recon = self._step(x)
@@ -198,12 +202,21 @@ class LearnedInverse(Bijection):
         """
         return self._refined(z, checked_steps(steps, "steps"))
 
-    def _refined(self, z: Tensor, steps: int, layer: str | None = None) -> Refined:
+    def undo(
+        self, z: Tensor, context: Tensor | None = None, exact: bool = False, refine: int = 0
+    ) -> Tensor:
+        if exact:
+            return self.inverse(z, exact=True)
+        return self._refined(z, refine, wait=z.device.type == "cpu").x.to(z.dtype)
+
+    def _refined(
+        self, z: Tensor, steps: int, layer: str | None = None, wait: bool = True
+    ) -> Refined:
         """As :meth:`refine_inverse`; with a warning that names ``layer`` where it diverges."""
         wide = wide_dtype(torch.promote_types(z.dtype, self.weight.dtype))
         forward, backward = (partial(self._map, w.to(wide)) for w in (self.weight, self.weight_inv))
         y = self._centred(z.to(wide))
-        return refined(y, forward, backward, steps, self.event_dims, layer)
+        return refined(y, forward, backward, steps, self.event_dims, layer, wait)
 
     def _centred(self, z: Tensor) -> Tensor:
         """``z - c``, or ValueError if z has the wrong shape."""

@@ -29,6 +29,8 @@ class Dequantize(Bijection):
     [[0.0, 255.0]]
     """
 
+    undoes = False
+
     def __init__(self, levels: int = 256) -> None:
         super().__init__()
         if levels < 1:
@@ -75,6 +77,8 @@ class VariationalDequantize(Bijection):
     >>> torch.equal(f.inverse(f(images).z), images.float())
     True
     """
+
+    undoes = False
 
     def __init__(
         self, event_shape: tuple[int, ...], levels: int = 256, width: int = 32, steps: int = 4

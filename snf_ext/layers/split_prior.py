@@ -47,6 +47,7 @@ class SplitPrior(Bijection):
     """
 
     refines = True
+    nests = True
 
     def __init__(
         self,

@@ -60,6 +60,7 @@ def gradient_angle(flow: Flow, x: Tensor, context: Tensor | None = None) -> dict
     if not layers:
         return {}
     flow = copy.deepcopy(flow).double().train().requires_grad_(True)
+    flow.reversible = None  # whose first pass has no graph to take log_dets from
     layers = measured(flow)
     weights = [layer.weight for layer in layers.values()]
     surrogates: list[Tensor] = []

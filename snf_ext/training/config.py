@@ -50,6 +50,8 @@ class Config:
         log_det_penalty: weight of the squared log-determinants of the mixing layers (SFM 4.1).
         conditional: whether the class of an image is the flow's context.
         actnorm_batches: how many batches actnorm is initialised from (SFM: 256).
+        reversible: whether backward rebuilds activations instead of keeping them; see
+            :class:`snf_ext.Reversible`.
 
     Raises:
         UserError: a value is out of range.
@@ -78,6 +80,7 @@ class Config:
     log_det_penalty: float = 0.0
     conditional: bool = False
     actnorm_batches: int = 1
+    reversible: bool = False
     model_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

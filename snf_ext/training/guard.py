@@ -33,6 +33,8 @@ ADVICE = {
     "loss": "try a lower --lr, a larger --recon-weight where there is a penalty, --clip-norm, or a "
     "longer --warmup-epochs",
     "gradient": "try a lower --lr, --clip-norm, or a longer --warmup-epochs",
+    "rebuilt": "train without --reversible, or let the learned inverse be tracked "
+    "(inverse=tracked), which is closer to the true one",
     "reconstruction": "the learned inverse does not keep up with its layer: let it be tracked "
     "(inverse=tracked), or try a larger --recon-weight, a lower --lr, or a longer --warmup-epochs",
     "inverse": "samples by the learned inverse are of no use: try a larger --recon-weight, or draw "

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ..constraint import controllers
 from ..flow import Flow
 from ..layers.actnorm import ActNorm, initialize
+from ..reversible import NotReversible, Reversible
 from . import checkpoint
 from .angle import gradient_angle, mean_angle
 from .angle_log import AngleLog
@@ -82,6 +83,7 @@ class Trainer:
         progress: bool = True,
     ) -> None:
         self.flow, self.model, self.data, self.config = flow, model, data, config
+        flow.reversible = Reversible() if config.reversible else None
         self.folder = Path(folder)
         self.device = device_of(flow)
         self.val, self.val_context = data.val.to(self.device), context_of(flow, data.val_labels)
@@ -248,8 +250,14 @@ class Trainer:
                 bits_per_dim=self.config.objective == "bits",
             )
             value = loss.item()
-            if math.isfinite(value):
-                loss.backward()
+            try:
+                if math.isfinite(value):
+                    loss.backward()
+            except NotReversible as error:
+                cause = f"the input of {error.layer} was rebuilt with a relative error of "
+                where = ADVICE["rebuilt"], state.epoch, state.iteration
+                self._failure = self._diverged(f"{cause}{error.error:.2g}", *where)
+                return value
         clip, norm = self.config.clip_norm, None
         if clip is not None:  # apart from clipping, which would hide where NaN is
             norm = get_total_norm([p.grad for p in self.flow.parameters() if p.grad is not None])
