@@ -78,12 +78,6 @@ def _same(case: ModelCase) -> Case:
 CASES = (
     *map(_same, MODELS),
     Case(
-        "glow 2 levels 4 steps width 16 1x28x28",
-        lambda shape: snf_ext.models.glow(shape, 2, 4, 16),
-        (1, 28, 28),
-        100,
-    ),
-    Case(
         "glow 3 levels 8 steps width 64 3x32x32",
         lambda shape: snf_ext.models.glow(shape, 3, 8, 64),
         (3, 32, 32),
