@@ -169,7 +169,7 @@ class CouplingCase:
     batch: int
 
     launches: ClassVar[int] = 11  # a convolution 3, the change of the other half 2
-    calls: ClassVar[int] = 8  # a convolution 2, the change 2
+    calls: ClassVar[int] = 4  # the network 2, the change 2
 
     @property
     def _weights(self) -> int:
@@ -187,10 +187,13 @@ class CouplingCase:
 
     @property
     def bytes(self) -> int:
-        """x, z and their gradients; what the network keeps written and read; its weights."""
+        """x, z and their gradients; what the network gives written and read; its weights.
+
+        Hidden channels need not be kept.
+        """
         pixels = self.batch * self.height * self.width
-        hidden = 2 * self.hidden + 2 * self._second
-        return FLOAT * (pixels * (4 * self.channels + 2 * hidden) + 3 * self.parameters)
+        given = 2 * self._second
+        return FLOAT * (pixels * (4 * self.channels + 2 * given) + 3 * self.parameters)
 
     @property
     def parameters(self) -> int:

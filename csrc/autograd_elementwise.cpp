@@ -1,7 +1,7 @@
-// Autograd and autocast of the element-wise operators and the spline. Each has a backward operator
-// that takes the gradients of the outputs, then what forward took, then, where several gradients
-// can be wanted, which are. A gradient is exact, but has no native derivative of its own: that is
-// refused.
+// Autograd and autocast of the element-wise operators, the spline and the couplings' network. Each
+// has a backward operator that takes the gradients of the outputs, then what forward took, then,
+// where several gradients can be wanted, which are. A gradient is exact, but has no native
+// derivative of its own: that is refused.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -44,6 +44,10 @@ struct NormalLogProb {
 };
 struct RqSpline {
   static constexpr const char* name = "rq_spline";
+};
+
+struct ImageNetwork {
+  static constexpr const char* name = "image_network";
 };
 
 template <typename Op>
@@ -191,6 +195,8 @@ void add_all(torch::Library& m, c10::DispatchKey key) {
   add<NormalLogProb, One, const Tensor&>(m, key);
   add<RqSpline, Two, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, bool>(
       m, key);
+  add<ImageNetwork, One, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+      const Tensor&, const Tensor&, const Tensor&>(m, key);
 }
 
 }  // namespace

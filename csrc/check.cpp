@@ -1,5 +1,6 @@
 #include "check.h"
 #include "check_elementwise.h"
+#include "check_network.h"
 
 #include <limits>
 #include <sstream>
@@ -183,6 +184,39 @@ void check_alpha(double alpha) {
 void check_alpha(double alpha, double low, double high) {
   TORCH_CHECK_VALUE(
       low <= alpha && alpha < high, "alpha must be in [", low, ", ", high, "); got ", alpha);
+}
+
+void check_image_network(const at::Tensor& x, const NetworkWeights& w) {
+  check_floating(x);
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must have shape [B, C, H, W]; got ", x.sizes());
+  TORCH_CHECK_VALUE(
+      x.size(2) >= 1 && x.size(3) >= 1, "x must have at least one pixel; got ", x.sizes());
+  TORCH_CHECK_VALUE(
+      w.weight_1.dim() == 4 && w.weight_1.size(0) >= 1,
+      "weight_1 must have shape [N, C, 3, 3] with N at least 1; got ", w.weight_1.sizes());
+  TORCH_CHECK_VALUE(
+      w.weight_3.dim() == 4 && w.weight_3.size(0) >= 1,
+      "weight_3 must have shape [T, N, 3, 3] with T at least 1; got ", w.weight_3.sizes());
+  const int64_t inputs = x.size(1), hidden = w.weight_1.size(0), outputs = w.weight_3.size(0);
+  struct Wanted {
+    const char *name, *letters;
+    const at::Tensor& tensor;
+    std::vector<int64_t> shape;
+  };
+  const std::vector<Wanted> all = {
+      {"weight_1", "N, C, 3, 3", w.weight_1, {hidden, inputs, 3, 3}},
+      {"bias_1", "N", w.bias_1, {hidden}},
+      {"weight_2", "N, N, 1, 1", w.weight_2, {hidden, hidden, 1, 1}},
+      {"bias_2", "N", w.bias_2, {hidden}},
+      {"weight_3", "T, N, 3, 3", w.weight_3, {outputs, hidden, 3, 3}},
+      {"bias_3", "T", w.bias_3, {outputs}},
+      {"log_scale", "T, 1, 1", w.log_scale, {outputs, 1, 1}}};
+  for (const Wanted& one : all) {
+    TORCH_CHECK_VALUE(
+        one.tensor.sizes() == at::IntArrayRef(one.shape), one.name, " must have shape [",
+        one.letters, "] = ", at::IntArrayRef(one.shape), "; got ", one.tensor.sizes());
+    check_alike(x, one.name, one.tensor);
+  }
 }
 
 void check_actnorm(const at::Tensor& x, const at::Tensor& shift, const at::Tensor& log_scale) {

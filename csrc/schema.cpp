@@ -39,6 +39,15 @@ TORCH_LIBRARY(snf_ext, m) {
       " bool circular, float[] scales, float share) -> (Tensor gradient, Tensor growth)");
   m.def("with_gradient(Tensor log_det, Tensor weight, Tensor gradient) -> Tensor");
 
+  m.def(
+      "image_network(Tensor x, Tensor weight_1, Tensor bias_1, Tensor weight_2, Tensor bias_2,"
+      " Tensor weight_3, Tensor bias_3, Tensor log_scale) -> Tensor");
+  m.def(
+      "image_network_backward(Tensor grad_y, Tensor x, Tensor weight_1, Tensor bias_1,"
+      " Tensor weight_2, Tensor bias_2, Tensor weight_3, Tensor bias_3, Tensor log_scale,"
+      " bool[8] output_mask)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   // No backward of its own: gradients are registered in snf_ext/ops/triangular.py.
   m.def("triangular_conv2d_solve(Tensor z, Tensor weight, bool upper=False) -> Tensor");
 

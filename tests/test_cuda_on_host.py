@@ -322,7 +322,10 @@ def clone(tmp_path_factory):
     shutil.copy(ROOT / "pyproject.toml", folder)
     if (ROOT.parent / "shared").is_dir():
         (parent / "shared").symlink_to(ROOT.parent / "shared")
-    sources = {*CSRC.glob("*.cpp"), *CSRC.glob("cuda/*.cpp"), CSRC / "cpu" / "cpu_capability.cpp"}
+    # What has no CUDA kernel runs on the CPU's own.
+    own = [CSRC / "cpu" / f"{name}.cpp" for name in ("cpu_capability", "plane", "pooled_memory")]
+    own += CSRC.glob("cpu/image_network*.cpp")
+    sources = {*CSRC.glob("*.cpp"), *CSRC.glob("cuda/*.cpp"), *own}
     macro = {
         "TORCH_EXTENSION_NAME": "_C",
         "TORCH_API_INCLUDE_EXTENSION_H": "1",

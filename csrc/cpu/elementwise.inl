@@ -114,9 +114,6 @@ inline void run_backward(
     const T* __restrict__ first = first_ + begin * kStride;
     const T* __restrict__ second = second_ + begin * kStride;
     T* __restrict__ grad_x = grad_x_ + begin;
-    T* __restrict__ grad_first = kStride == 0 ? terms_first : grad_first_ + begin * kStride;
-    T* __restrict__ grad_second = kStride == 0 ? terms_second : grad_second_ + begin * kStride;
-    constexpr int64_t kTo = kStride == 0 ? 1 : kStride;
     for (int64_t i = 0; i < count; ++i) {
       Gradients<T> to;
       const T dy = Op::kOutput ? grad_y[i] : T(0);
@@ -126,10 +123,17 @@ inline void run_backward(
         to = op.backward(x[i], T(0), T(0), dy, g);
       if constexpr (kX) grad_x[i] = to.x;
       if constexpr (kFirst) {
-        grad_first[i * kTo] = to.first;
-        grad_second[i * kTo] = to.second;
+        terms_first[i] = to.first;
+        terms_second[i] = to.second;
       }
     }
+    // Written at once to where they belong, the compiler would have too many pointers to compare,
+    // and the loop above would not be vectorized.
+    if constexpr (kFirst && kStride > 0)
+      for (int64_t i = 0; i < count; ++i) {
+        grad_first_[(begin + i) * kStride] = terms_first[i];
+        grad_second_[(begin + i) * kStride] = terms_second[i];
+      }
     if constexpr (kFirst && kStride == 0) {
       total_first += sum_of(terms_first, count);
       total_second += sum_of(terms_second, count);

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .. import ops
 
 
 class ScaledConv2d(nn.Module):
@@ -32,15 +36,37 @@ class ScaledConv2d(nn.Module):
         return F.conv2d(x, weight, bias, padding=1)
 
 
-def image_network(inputs: int, outputs: int, width: int) -> nn.Sequential:
-    """Conv 3x3 - ReLU - conv 1x1 - ReLU - conv 3x3; gives zeros at first."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, width, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 1),
-        nn.ReLU(),
-        ScaledConv2d(width, outputs),
-    )
+class ImageNetwork(nn.Sequential):
+    """Conv 3x3 - ReLU - conv 1x1 - ReLU - conv 3x3; gives zeros at first.
+
+    A sequence of these modules, whose tensors one operator takes: hooks on them are not called.
+
+    >>> ImageNetwork(2, 4, width=8)(torch.randn(1, 2, 5, 6)).shape
+    torch.Size([1, 4, 5, 6])
+    """
+
+    def __init__(self, inputs: int, outputs: int, width: int) -> None:
+        super().__init__(
+            nn.Conv2d(inputs, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+            nn.ReLU(),
+            ScaledConv2d(width, outputs),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers: list[Any] = list(self)
+        first, _, middle, _, last = layers
+        return ops.image_network(
+            x,
+            first.weight,
+            first.bias,
+            middle.weight,
+            middle.bias,
+            last.conv.weight,
+            last.conv.bias,
+            last.logs,
+        )
 
 
 def vector_network(inputs: int, outputs: int, width: int) -> nn.Sequential:

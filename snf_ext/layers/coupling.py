@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bijection import Bijection, FlowStep, per_sample_zeros
-from .conditioner import image_network, vector_network
+from .conditioner import ImageNetwork, vector_network
 from .event import check_context, checked_size
 
 MASKS = ("channel", "checkerboard", "vector")
@@ -45,7 +45,7 @@ class _Coupling(Bijection):
             self.passing = channels - first if flipped else first
             self.changed = channels - self.passing
         if net is None:
-            make = vector_network if mask == "vector" else image_network
+            make = vector_network if mask == "vector" else ImageNetwork
             outputs = self.params_each * self.changed
             net = make(self.passing + context_features, outputs, width)
         self.net = net

@@ -9,6 +9,7 @@ from .elementwise import (
     smooth_leaky_relu,
     smooth_leaky_relu_inverse,
 )
+from .network import image_network
 from .self_norm import conv2d_weight_gradient, convolve, snf_conv2d, snf_linear
 from .spline import rq_spline
 from .triangular import triangular_conv2d_solve
@@ -20,6 +21,7 @@ __all__ = [
     "convolve",
     "debias_conv2d",
     "debias_linear",
+    "image_network",
     "logit",
     "normal_log_prob",
     "rq_spline",

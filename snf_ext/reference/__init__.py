@@ -9,6 +9,7 @@ from .elementwise import (
     smooth_leaky_relu,
     smooth_leaky_relu_inverse,
 )
+from .network import image_network
 from .self_norm import snf_conv2d, snf_linear
 from .spline import rq_spline
 from .triangular import triangular_conv2d_solve
@@ -18,6 +19,7 @@ __all__ = [
     "affine_coupling",
     "debias_conv2d",
     "debias_linear",
+    "image_network",
     "logit",
     "normal_log_prob",
     "rq_spline",

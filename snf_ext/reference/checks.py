@@ -159,6 +159,45 @@ def check_affine_coupling(x: Tensor, params: Tensor) -> None:
     _check_alike(x, params=params)
 
 
+def check_image_network(
+    x: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+    weight_3: Tensor,
+    bias_3: Tensor,
+    log_scale: Tensor,
+) -> None:
+    """Raise TypeError or ValueError unless the arguments fit ``image_network``."""
+    _check_floating(x)
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape [B, C, H, W]; got {list(x.shape)}")
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(f"x must have at least one pixel; got {list(x.shape)}")
+    for name, letters, weight in (("weight_1", "N, C", weight_1), ("weight_3", "T, N", weight_3)):
+        if weight.dim() != 4 or weight.shape[0] < 1:
+            raise ValueError(
+                f"{name} must have shape [{letters}, 3, 3] with {letters[0]} at least 1; "
+                f"got {list(weight.shape)}"
+            )
+    inputs, hidden, outputs = x.shape[1], weight_1.shape[0], weight_3.shape[0]
+    for name, letters, tensor, shape in (
+        ("weight_1", "N, C, 3, 3", weight_1, [hidden, inputs, 3, 3]),
+        ("bias_1", "N", bias_1, [hidden]),
+        ("weight_2", "N, N, 1, 1", weight_2, [hidden, hidden, 1, 1]),
+        ("bias_2", "N", bias_2, [hidden]),
+        ("weight_3", "T, N, 3, 3", weight_3, [outputs, hidden, 3, 3]),
+        ("bias_3", "T", bias_3, [outputs]),
+        ("log_scale", "T, 1, 1", log_scale, [outputs, 1, 1]),
+    ):
+        if list(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must have shape [{letters}] = {shape}; got {list(tensor.shape)}"
+            )
+        _check_alike(x, **{name: tensor})
+
+
 def check_triangular(z: Tensor, weight: Tensor) -> None:
     """Raise TypeError or ValueError unless the arguments fit ``triangular_conv2d_solve``."""
     if not z.is_floating_point():
