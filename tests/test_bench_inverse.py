@@ -109,6 +109,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = {
     "inverse-kept-fc-cpu.json": inverse_study,
     "inverse-kept-conv-cpu.json": inverse_study,
+    "inverse-debias-fc-cpu.json": inverse_study,
+    "inverse-debias-conv-cpu.json": inverse_study,
     "inverse-asymmetric-conv-cpu.json": inverse_study,
     "controllers-fc-cpu.json": controllers,
     "controllers-conv-cpu.json": controllers,
