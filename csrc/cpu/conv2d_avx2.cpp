@@ -3,25 +3,11 @@
 
 #include "conv2d_kernel.h"
 
-#define SNF_ISA avx2
-#define SNF_VECTOR_BYTES 32
-#define SNF_ACCUMULATORS 12
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#include "begin_avx2.inl"
 #include "conv2d_vector.inl"
 #include "conv2d_pixels.inl"
 #include "conv2d_channels.inl"
 #include "conv2d_choose.inl"
-#pragma clang attribute pop
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#include "conv2d_vector.inl"
-#include "conv2d_pixels.inl"
-#include "conv2d_channels.inl"
-#include "conv2d_choose.inl"
-#pragma GCC pop_options
-#endif
+#include "end_isa.inl"
 
 #endif

@@ -10,30 +10,16 @@ namespace snf {
   const Conv2dPath<double>& choose_double(const Conv2dShape& shape, const Plane& plane); \
   }
 
-SNF_DECLARE(baseline)
-#if defined(__x86_64__)
-SNF_DECLARE(avx2)
-SNF_DECLARE(avx512)
-#endif
+SNF_EACH_ISA(SNF_DECLARE)
 
 template <>
 const Conv2dPath<float>& conv2d_path<float>(const Conv2dShape& shape, const Plane& plane) {
-#if defined(__x86_64__)
-  const CpuCapability level = cpu_capability_level();
-  if (level == CpuCapability::avx512) return avx512::choose_float(shape, plane);
-  if (level == CpuCapability::avx2) return avx2::choose_float(shape, plane);
-#endif
-  return baseline::choose_float(shape, plane);
+  return SNF_ON_THIS_CPU(choose_float(shape, plane));
 }
 
 template <>
 const Conv2dPath<double>& conv2d_path<double>(const Conv2dShape& shape, const Plane& plane) {
-#if defined(__x86_64__)
-  const CpuCapability level = cpu_capability_level();
-  if (level == CpuCapability::avx512) return avx512::choose_double(shape, plane);
-  if (level == CpuCapability::avx2) return avx2::choose_double(shape, plane);
-#endif
-  return baseline::choose_double(shape, plane);
+  return SNF_ON_THIS_CPU(choose_double(shape, plane));
 }
 
 }  // namespace snf

@@ -1,7 +1,7 @@
 // Vectors and small helpers of the convolution kernels, compiled once for each instruction set.
 //
-// Before including: SNF_ISA (namespace), SNF_VECTOR_BYTES, SNF_ACCUMULATORS (vectors kept in
-// registers by the inner loops), and the target pragma. No header may be included from here, so
+// After begin_*.inl, which sets SNF_ISA (namespace), SNF_VECTOR_BYTES, SNF_ACCUMULATORS (vectors
+// kept in registers by the inner loops), and the target. No header may be included from here, so
 // that no inline function of another library is compiled for a processor that lacks the set.
 
 namespace snf {

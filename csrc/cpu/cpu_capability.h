@@ -13,3 +13,16 @@ CpuCapability cpu_capability_level();
 const char* cpu_capability();
 
 }  // namespace snf
+
+// Code that is compiled for each instruction set lies in a namespace of its name. `declare` of each
+// of them; and an expression in that of this processor.
+#if defined(__x86_64__)
+#define SNF_EACH_ISA(declare) declare(baseline) declare(avx2) declare(avx512)
+#define SNF_ON_THIS_CPU(...)                                                           \
+  (::snf::cpu_capability_level() == ::snf::CpuCapability::avx512 ? avx512::__VA_ARGS__ \
+   : ::snf::cpu_capability_level() == ::snf::CpuCapability::avx2 ? avx2::__VA_ARGS__   \
+                                                                 : baseline::__VA_ARGS__)
+#else
+#define SNF_EACH_ISA(declare) declare(baseline)
+#define SNF_ON_THIS_CPU(...) (baseline::__VA_ARGS__)
+#endif

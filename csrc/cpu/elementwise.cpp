@@ -16,11 +16,7 @@ namespace snf {
   template <typename Op, typename T>                                                      \
   void backward(const Op&, const ElementwiseBackward<T, T>&, int64_t begin, int64_t end); \
   }
-SNF_DECLARE(baseline)
-#if defined(__x86_64__)
-SNF_DECLARE(avx2)
-SNF_DECLARE(avx512)
-#endif
+SNF_EACH_ISA(SNF_DECLARE)
 
 namespace {
 
@@ -59,14 +55,8 @@ struct Cpu {
       const ElementwiseForward<T, T> a = {
           shape,        in<T>(from.x),          in<T>(from.first),          in<T>(from.second),
           out<T>(to.y), out<T>(to.log_abs_det), out<int64_t>(to.iterations)};
-      over_samples(shape, [&](int64_t begin, int64_t end) {
-#if defined(__x86_64__)
-        const CpuCapability level = cpu_capability_level();
-        if (level == CpuCapability::avx512) return avx512::forward(op, a, begin, end);
-        if (level == CpuCapability::avx2) return avx2::forward(op, a, begin, end);
-#endif
-        baseline::forward(op, a, begin, end);
-      });
+      over_samples(
+          shape, [&](int64_t begin, int64_t end) { SNF_ON_THIS_CPU(forward(op, a, begin, end)); });
     });
   }
 
@@ -93,14 +83,8 @@ struct Cpu {
           out<T>(each.x),
           out<T>(each.first),
           out<T>(each.second)};
-      over_samples(shape, [&](int64_t begin, int64_t end) {
-#if defined(__x86_64__)
-        const CpuCapability level = cpu_capability_level();
-        if (level == CpuCapability::avx512) return avx512::backward(op, a, begin, end);
-        if (level == CpuCapability::avx2) return avx2::backward(op, a, begin, end);
-#endif
-        baseline::backward(op, a, begin, end);
-      });
+      over_samples(
+          shape, [&](int64_t begin, int64_t end) { SNF_ON_THIS_CPU(backward(op, a, begin, end)); });
       if (!shared) return;
       add_samples<T>(each.first, to.first);
       add_samples<T>(each.second, to.second);

@@ -1,7 +1,12 @@
-// The element-wise driver, compiled once for each instruction set; see conv2d_vector.inl.
+// The element-wise driver, compiled once for each instruction set; between begin_*.inl and
+// end_isa.inl.
 //
 // Elements go by chunks through a buffer of the terms to be summed: both loops are then plain ones
 // that the compiler makes vector code of, and the order of every sum depends on the shape alone.
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-tree-pre")  // it splits paths in `solve`, which then is not vectorized
+#endif
 
 namespace snf {
 namespace SNF_ISA {

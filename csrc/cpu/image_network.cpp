@@ -25,30 +25,16 @@ namespace snf {
   const NetworkKernel<float>& network_float();   \
   const NetworkKernel<double>& network_double(); \
   }
-SNF_DECLARE(baseline)
-#if defined(__x86_64__)
-SNF_DECLARE(avx2)
-SNF_DECLARE(avx512)
-#endif
+SNF_EACH_ISA(SNF_DECLARE)
 
 template <>
 const NetworkKernel<float>& network_kernel<float>() {
-#if defined(__x86_64__)
-  const CpuCapability level = cpu_capability_level();
-  if (level == CpuCapability::avx512) return avx512::network_float();
-  if (level == CpuCapability::avx2) return avx2::network_float();
-#endif
-  return baseline::network_float();
+  return SNF_ON_THIS_CPU(network_float());
 }
 
 template <>
 const NetworkKernel<double>& network_kernel<double>() {
-#if defined(__x86_64__)
-  const CpuCapability level = cpu_capability_level();
-  if (level == CpuCapability::avx512) return avx512::network_double();
-  if (level == CpuCapability::avx2) return avx2::network_double();
-#endif
-  return baseline::network_double();
+  return SNF_ON_THIS_CPU(network_double());
 }
 
 namespace {

@@ -1,13 +1,7 @@
 // The kernels of a coupling's network for any processor of the target architecture.
 #include "image_network_kernel.h"
 
-#define SNF_ISA baseline
-#define SNF_VECTOR_BYTES 16
-#if defined(__aarch64__)
-#define SNF_ACCUMULATORS 24
-#else
-#define SNF_ACCUMULATORS 12
-#endif
-
+#include "begin_baseline.inl"
 #include "conv2d_vector.inl"
 #include "image_network.inl"
+#include "end_isa.inl"

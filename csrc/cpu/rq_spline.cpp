@@ -24,30 +24,16 @@ namespace snf {
   const SplinePath<float>& path_float();   \
   const SplinePath<double>& path_double(); \
   }
-SNF_DECLARE(baseline)
-#if defined(__x86_64__)
-SNF_DECLARE(avx2)
-SNF_DECLARE(avx512)
-#endif
+SNF_EACH_ISA(SNF_DECLARE)
 
 template <>
 const SplinePath<float>& spline_path<float>() {
-#if defined(__x86_64__)
-  const CpuCapability level = cpu_capability_level();
-  if (level == CpuCapability::avx512) return avx512::rq_spline::path_float();
-  if (level == CpuCapability::avx2) return avx2::rq_spline::path_float();
-#endif
-  return baseline::rq_spline::path_float();
+  return SNF_ON_THIS_CPU(rq_spline::path_float());
 }
 
 template <>
 const SplinePath<double>& spline_path<double>() {
-#if defined(__x86_64__)
-  const CpuCapability level = cpu_capability_level();
-  if (level == CpuCapability::avx512) return avx512::rq_spline::path_double();
-  if (level == CpuCapability::avx2) return avx2::rq_spline::path_double();
-#endif
-  return baseline::rq_spline::path_double();
+  return SNF_ON_THIS_CPU(rq_spline::path_double());
 }
 
 namespace {

@@ -3,20 +3,9 @@
 
 #include "rq_spline_kernel.h"
 
-#define SNF_ISA avx2
-#define SNF_VECTOR_BYTES 32
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#include "begin_avx2.inl"
 #include "conv2d_vector.inl"
 #include "rq_spline.inl"
-#pragma clang attribute pop
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#include "conv2d_vector.inl"
-#include "rq_spline.inl"
-#pragma GCC pop_options
-#endif
+#include "end_isa.inl"
 
 #endif
