@@ -77,6 +77,8 @@ class Reversible:
         checked_steps(self.refine, "refine")
         if self.limit is not None and not 0 < self.limit < math.inf:
             raise ValueError(f"limit must be positive and finite; got {self.limit}")
+        if _uncompiled is None:  # before anything is compiled
+            _leave_uncompiled()
 
     def limit_in(self, dtype: torch.dtype) -> float:
         """The largest relative error of an input of ``dtype``."""
@@ -105,15 +107,20 @@ def push(
     exact: bool,
 ) -> FlowStep:
     """As :func:`snf_ext.bijection.push`, keeping no activations; ``root`` knows layers' names."""
-    global _uncompiled
-    if _uncompiled is None:  # late: importing what this takes is slow
-        _uncompiled = torch.compiler.disable(
-            _push, reason="a reversible flow decides in Python what to keep; it runs uncompiled"
-        )
+    if _uncompiled is None:
+        _leave_uncompiled()
+    assert _uncompiled is not None
     return _uncompiled(how, root, bijections, x, context, exact)
 
 
 _uncompiled: Callable[..., FlowStep] | None = None
+
+
+def _leave_uncompiled() -> None:
+    """Have torch.compile leave ``_push`` alone: not on import, as what that takes is slow."""
+    global _uncompiled
+    reason = "a reversible flow decides in Python what to keep; it runs uncompiled"
+    _uncompiled = torch.compiler.disable(_push, reason=reason)
 
 
 def _push(

@@ -221,3 +221,37 @@ def test_the_module_is_its_sequence(width):
     plain = torch.nn.Sequential(*network)
     grads = [torch.autograd.grad(f(x).square().sum(), leaves) for f in (network, plain)]
     close([network(x), *grads[0]], [plain(x), *grads[1]], 1e-12)
+
+
+def _elu(network):
+    network[1] = torch.nn.ELU()
+
+
+def _double(network):
+    network[2].register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def _old_norm(network):
+    torch.nn.utils.weight_norm(network[0])
+    with torch.no_grad():
+        network[0].weight_g.mul_(3)
+
+
+def _parametrised(network):
+    torch.nn.utils.parametrizations.spectral_norm(network[4].conv)
+    network.eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("change", [_elu, _double, _old_norm, _parametrised])
+def test_a_module_that_was_changed_counts(change, backend):
+    torch.manual_seed(0)
+    network = ImageNetwork(2, 3, 8).double()
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x = torch.randn(2, 2, 4, 5, dtype=torch.float64)
+    before = network(x)
+    change(network)
+    after = network(x)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, torch.nn.Sequential(*network)(x))

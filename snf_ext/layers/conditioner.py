@@ -39,11 +39,14 @@ class ScaledConv2d(nn.Module):
 class ImageNetwork(nn.Sequential):
     """Conv 3x3 - ReLU - conv 1x1 - ReLU - conv 3x3; gives zeros at first.
 
-    A sequence of these modules, whose tensors one operator takes: hooks on them are not called.
+    A sequence of these modules, whose tensors one operator takes. Where a module has been replaced,
+    parametrised or given hooks, they are called one after the other.
 
     >>> ImageNetwork(2, 4, width=8)(torch.randn(1, 2, 5, 6)).shape
     torch.Size([1, 4, 5, 6])
     """
+
+    KINDS = (nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, ScaledConv2d)
 
     def __init__(self, inputs: int, outputs: int, width: int) -> None:
         super().__init__(
@@ -56,6 +59,8 @@ class ImageNetwork(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         layers: list[Any] = list(self)
+        if not self._is_as_made(layers):
+            return super().forward(x)
         first, _, middle, _, last = layers
         return ops.image_network(
             x,
@@ -66,6 +71,15 @@ class ImageNetwork(nn.Sequential):
             last.conv.weight,
             last.conv.bias,
             last.logs,
+        )
+
+    def _is_as_made(self, layers: list[Any]) -> bool:
+        if tuple(map(type, layers)) != self.KINDS:
+            return False
+        inside = [*layers, layers[-1].conv]
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return type(inside[-1]) is nn.Conv2d and not any(
+            getattr(module, kind) for module in inside for kind in hooks
         )
 
 

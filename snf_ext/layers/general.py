@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..bijection import Bijection, FlowStep, per_sample_sum, wide_dtype
+from ..bijection import FlowStep, per_sample_sum, wide_dtype
 from ..constraint import Controller, weighted
 from ..jacobian import EventMap, jacobian, orthonormal_probes, pulled, pushed
 from ..newton import newton_inverse
@@ -18,9 +18,10 @@ from ..reference.autocast import without_autocast
 from ..refine import Refined, checked_refine, checked_steps, refined
 from .event import check_events, checked_event_shape, checked_size
 from .gradients import halved, mirrored
+from .refining import Refining
 
 
-class SelfNormBijection(Bijection):
+class SelfNormBijection(Refining):
     """``z = f(x)`` for any network f, with a second network g that learns its inverse.
 
     The linear layer's method without the linear layer. In training the value of ``log_det`` is 0.
@@ -88,7 +89,6 @@ class SelfNormBijection(Bijection):
     True
     """
 
-    refines = True
     controller: Controller | None
 
     def __init__(
@@ -194,13 +194,6 @@ class SelfNormBijection(Bijection):
         """
         check_events(z, "z", self.event_shape)
         return self._refined(z, checked_steps(steps, "steps"))
-
-    def undo(
-        self, z: Tensor, context: Tensor | None = None, exact: bool = False, refine: int = 0
-    ) -> Tensor:
-        if exact:
-            return self.inverse(z, exact=True)
-        return self._refined(z, refine, wait=z.device.type == "cpu").x.to(z.dtype)
 
     def _refined(
         self, z: Tensor, steps: int, layer: str | None = None, wait: bool = True

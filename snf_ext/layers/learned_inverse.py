@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from .. import exact, ops, passes, tracking
-from ..bijection import Bijection, FlowStep, wide_dtype
+from ..bijection import FlowStep, wide_dtype
 from ..constraint import Controller, weighted
 from ..reference.autocast import without_autocast
 from ..refine import Refined, checked_steps, refined
 from .debias import Debias
+from .refining import Refining
 from .upkeep import Penalty, Tracked, Upkeep, checked_upkeep
 
 
-class LearnedInverse(Bijection):
+class LearnedInverse(Refining):
     """A layer with a weight W, its learned inverse R, and a cache of the exact factorisation.
 
     Subclasses say what linear map their weights stand for, and how R is fitted and corrected.
     """
 
     mixing = True
-    refines = True
     event_dims: ClassVar[int]
     weight: nn.Parameter
     weight_inv: nn.Parameter
@@ -201,13 +201,6 @@ class LearnedInverse(Bijection):
         (True, torch.Size([5]), True)
         """
         return self._refined(z, checked_steps(steps, "steps"))
-
-    def undo(
-        self, z: Tensor, context: Tensor | None = None, exact: bool = False, refine: int = 0
-    ) -> Tensor:
-        if exact:
-            return self.inverse(z, exact=True)
-        return self._refined(z, refine, wait=z.device.type == "cpu").x.to(z.dtype)
 
     def _refined(
         self, z: Tensor, steps: int, layer: str | None = None, wait: bool = True

@@ -15,21 +15,12 @@ from ..reference.checks import check_image_network
 FUSED_WIDTH = 64
 
 
-def image_network(
-    x: Tensor,
-    weight_1: Tensor,
-    bias_1: Tensor,
-    weight_2: Tensor,
-    bias_2: Tensor,
-    weight_3: Tensor,
-    bias_3: Tensor,
-    log_scale: Tensor,
-) -> Tensor:
+def image_network(x: Tensor, weight_1: Tensor, *others: Tensor) -> Tensor:
     """:func:`snf_ext.reference.image_network`; narrow ones on the CPU on the backend in use."""
-    tensors = (x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3, log_scale)
-    if runs_native(x.device) and x.device.type == "cpu" and weight_1.shape[0] <= FUSED_WIDTH:
-        return torch.ops.snf_ext.image_network(*tensors)
-    return reference.image_network(*tensors)
+    narrow = weight_1.dim() == 4 and weight_1.shape[0] <= FUSED_WIDTH
+    if runs_native(x.device) and x.device.type == "cpu" and narrow:
+        return torch.ops.snf_ext.image_network(x, weight_1, *others)
+    return reference.image_network(x, weight_1, *others)
 
 
 if build_info()["cpp"]:
