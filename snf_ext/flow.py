@@ -63,11 +63,22 @@ class Flow(nn.Module):
         self.event_shape = tuple(event_shape)
         self.recon_weight = recon_weight
         self.context_features = context_features
-        self.reversible: Reversible | None = None
+        self._reversible: Reversible | None = None
         latent_shape = self.event_shape
         for bijection in self._steps():
             latent_shape = tuple(bijection.output_shape(latent_shape))
         self.latent_shape = latent_shape
+
+    @property
+    def reversible(self) -> Reversible | None:
+        """How activations are rebuilt in backward; None if they are kept."""
+        return self._reversible
+
+    @reversible.setter
+    def reversible(self, how: Reversible | None) -> None:
+        if how is not None and not isinstance(how, Reversible):
+            raise TypeError(f"reversible must be None or a Reversible; got {how!r}")
+        self._reversible = how
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         """Push ``x`` ``(B, *event_shape)`` to noise; ``log_det`` and ``recon`` are summed, (B,).
@@ -248,9 +259,9 @@ class Flow(nn.Module):
         return list(self.bijections)  # type: ignore[arg-type]
 
     def _push(self, x: Tensor, context: Tensor | None, exact: bool) -> FlowStep:
-        if self.reversible is None or not torch.is_grad_enabled():
+        if self._reversible is None or not torch.is_grad_enabled():
             return push(self._steps(), x, context, exact)
-        return reversible.push(self.reversible, self, self._steps(), x, context, exact)
+        return reversible.push(self._reversible, self, self._steps(), x, context, exact)
 
     def _check_event(self, x: Tensor, name: str) -> None:
         if x.dim() == 0 or tuple(x.shape[1:]) != self.event_shape:

@@ -600,6 +600,13 @@ def test_compiled_flows_run_the_passes_eagerly():
     assert_same(flow, reversible, lambda f, x: compiled(x) if f is reversible else f.loss(x), x)
 
 
+def test_nothing_else_is_taken_for_a_mode():
+    flow = MODELS["conv"]()
+    with pytest.raises(TypeError, match="reversible must be None or a Reversible; got True"):
+        flow.reversible = True
+    assert flow.reversible is None
+
+
 # ---- the training command
 
 
