@@ -350,7 +350,17 @@ def clone(tmp_path_factory):
 @pytest.mark.slow
 def test_operators(clone):
     """Every test of the operators but those of the CPU's own kernels."""
-    names = ("ops", "debias", "elementwise", "spline", "triangular", "parity", "layers", "flow")
+    names = (
+        "ops",
+        "ops_arguments",
+        "debias",
+        "elementwise",
+        "spline",
+        "triangular",
+        "parity",
+        "layers",
+        "flow",
+    )
     files = [f"tests/test_{name}.py" for name in names]
     chosen = "not reference and not threads and not pool and not cpu_only"
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
