@@ -129,9 +129,17 @@ struct Forward : torch::autograd::Function<Forward<Layer, Geometry...>> {
         bias.has_value() && ctx->needs_input_grad(3)};
     const Tensor grad_z = grads[0].defined() ? grads[0] : at::zeros_like(x);
     const auto geometry = ctx->saved_data["geometry"].to<std::tuple<Geometry...>>();
-    const variable_list out = Backward<Layer, Geometry...>::apply(
-        grad_z, if_defined(grads[1]), if_defined(grads[2]), x, z, residual, saved[3], saved[4],
-        bias, geometry, ctx->saved_data["penalty_share"].toDouble(), mask);
+    const auto run = [&](auto function) {
+      return function(
+          grad_z, if_defined(grads[1]), if_defined(grads[2]), x, z, residual, saved[3], saved[4],
+          bias, geometry, ctx->saved_data["penalty_share"].toDouble(), mask);
+    };
+    using Node = Backward<Layer, Geometry...>;
+    // Usually nothing can differentiate the result, and a node costs more than a small product.
+    const variable_list out =
+        at::GradMode::is_enabled()
+            ? run([](const auto&... arguments) { return Node::apply(arguments...); })
+            : run([](const auto&... arguments) { return Node::forward(nullptr, arguments...); });
     variable_list result(7);  // one for each argument of forward
     for (int i = 0; i < 4; ++i)
       if (mask[i]) result[i] = out[i];

@@ -40,6 +40,28 @@ void row_sums_of_squares(const Tensor& values, Tensor& sums) {
   });
 }
 
+// By blocks of columns, so that the order of the terms does not depend on the threads.
+template <typename T>
+void column_sums(const Tensor& values, Tensor& sums) {
+  constexpr int64_t kBlock = 64;
+  const int64_t batch = values.size(0), columns = values.size(1);
+  const int64_t blocks = (columns + kBlock - 1) / kBlock;
+  const T* in = values.const_data_ptr<T>();
+  T* out = sums.mutable_data_ptr<T>();
+  const int64_t grain = 1 + (1 << 14) / (kBlock * std::max<int64_t>(batch, 1));
+  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kBlock; first < std::min(end * kBlock, columns); first += kBlock) {
+      const int64_t width = std::min(kBlock, columns - first);
+      double block[kBlock] = {};
+      for (int64_t row = 0; row < batch; ++row) {
+        const T* v = in + row * columns + first;
+        for (int64_t i = 0; i < width; ++i) block[i] += v[i];
+      }
+      for (int64_t i = 0; i < width; ++i) out[first + i] = static_cast<T>(block[i]);
+    }
+  });
+}
+
 // The square tile of kTile rows at `in`, transposed and scaled.
 constexpr int64_t kTile = 4;
 template <typename T>
@@ -192,7 +214,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       dr = weight_gradient(dx * -0.5, bias ? out - wide(*bias) : out, -term, w);
     }
   }
-  if (mask[3]) dc = dz.sum(0);
+  if (mask[3]) {
+    dc = at::empty({features}, dz.options());
+    AT_DISPATCH_FLOATING_TYPES(
+        dz.scalar_type(), "snf_linear_backward", [&] { column_sums<scalar_t>(dz, dc); });
+  }
   if (mask[0]) dx = dx.view(x.sizes());
   // What was not asked for has no elements; outputs of an operator may not share memory.
   const auto output = [&](bool wanted, const Tensor& t) {
