@@ -109,6 +109,8 @@ OPS = [
     conv("conv-circular", (3, 3, 5, 4), 3, circular=True),
     conv("conv-circular-wraps", (2, 2, 3, 2), 5, circular=True, dilation=2),
     conv("conv-circular-groups", (2, 4, 4, 6), 5, groups=2, circular=True),
+    conv("conv-14-wide", (2, 2, 3, 14), 3),
+    conv("conv-19-wide-circular", (2, 1, 4, 19), 3, 5, circular=True),
     conv("conv-larger-inverse", (3, 2, 6, 5), 3, 7),
     conv("conv-smaller-inverse", (3, 2, 6, 5), 5, 3, dilation=2),
     conv("conv-larger-inverse-circular", (2, 2, 4, 5), 3, 5, circular=True),
@@ -118,6 +120,7 @@ OPS = [
     conv("conv-channels-24-circular", (2, 24, 3, 2), 3, circular=True),
     conv("conv-channels-48-groups", (3, 48, 2, 2), 3, groups=3, bias=False),
     conv("conv-channels-64", (1, 64, 2, 1), 3),
+    conv("conv-channels-80-groups", (2, 80, 2, 2), 3, 5, groups=2),  # two panels a group
     # Too many channels for them: torch's own convolutions (csrc/cpu/conv2d_stock.cpp).
     conv("conv-channels-66", (3, 66, 2, 2), 3),
     conv("conv-channels-134-circular", (2, 134, 2, 1), 3, 5, groups=2, circular=True, dilation=2),

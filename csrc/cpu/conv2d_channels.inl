@@ -3,22 +3,41 @@
 // A padded plane holds, for each pixel, all channels of one group, filled up with zeros to whole
 // vectors. An output pixel is a sum over taps and input channels of one input number times a vector
 // of weights, which several pixels share; a weight gradient is the same with pixels summed over.
-// Groups are independent convolutions, done one after the other.
+// Output channels are done in one panel of up to four vectors or in two, so that registers are left
+// for several pixels. Groups are independent convolutions, done one after the other.
 
 namespace snf {
 namespace SNF_ISA {
 namespace channels {
 
-constexpr int kMaxVectors = 4;  // of one group's channels
+constexpr int kMaxVectors = 8;  // of one group's channels
 
 template <typename T>
 inline int64_t vector_count(const Conv2dShape& shape) {
   return (shape.per_group() + Lanes<T>::count - 1) / Lanes<T>::count;
 }
 
+// Calls f<kVectors, kPanels>() with a group's panels and the vectors in each.
+template <typename T, typename F>
+decltype(auto) with_panels(const Conv2dShape& shape, const F& f) {
+  switch (vector_count<T>(shape)) {
+    case 1: return f.template operator()<1, 1>();
+    case 2: return f.template operator()<2, 1>();
+    case 3: return f.template operator()<3, 1>();
+    case 4: return f.template operator()<4, 1>();
+    case 5:
+    case 6: return f.template operator()<3, 2>();
+    default: return f.template operator()<4, 2>();
+  }
+}
+
+template <typename T, int kVectors, int kPanels>
+constexpr int64_t kPadded = kPanels * kVectors * Lanes<T>::count;
+
 template <typename T>
 inline int64_t padded_channels(const Conv2dShape& shape) {
-  return vector_count<T>(shape) * Lanes<T>::count;
+  return with_panels<T>(
+      shape, []<int kVectors, int kPanels>() { return kPadded<T, kVectors, kPanels>; });
 }
 
 template <typename T>
@@ -26,34 +45,38 @@ int64_t packed_size(const Conv2dShape& shape, int64_t taps) {
   return shape.channels * padded_channels<T>(shape) * taps;
 }
 
-// Packed order: group, tap, input channel, output channel (padded).
+// Packed order: group, panel, tap, input channel, the panel's output channels (padded).
 template <typename T>
 void pack(
     const Conv2dShape& shape, const Plane&, const T* kernel, int64_t taps, bool flipped, T* out) {
   const int64_t width = shape.per_group(), padded = padded_channels<T>(shape);
+  const int64_t panel =
+      with_panels<T>(shape, []<int kVectors, int>() { return kPadded<T, kVectors, 1>; });
   for (int64_t group = 0; group < shape.groups; ++group, kernel += width * width * taps)
-    for (int64_t tap = 0; tap < taps; ++tap)
-      for (int64_t i = 0; i < width; ++i)
-        for (int64_t o = 0; o < padded; ++o)
-          *out++ = o >= width ? T(0)
-                   : flipped  ? kernel[(i * width + o) * taps + taps - 1 - tap]
-                              : kernel[(o * width + i) * taps + tap];
+    for (int64_t first = 0; first < padded; first += panel)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t i = 0; i < width; ++i)
+          for (int64_t o = first; o < first + panel; ++o)
+            *out++ = o >= width ? T(0)
+                     : flipped  ? kernel[(i * width + o) * taps + taps - 1 - tap]
+                                : kernel[(o * width + i) * taps + tap];
 }
 
-// kPixels neighbours of one row: out = scale * start + sum of taps; start may be null for 0.
-template <typename T, int kVectors, int kPixels>
+// One panel of kPixels neighbours of one row: out = scale * start + sum of taps; start may be null
+// for 0.
+template <typename T, int kVectors, int kPanels, int kPixels>
 void convolve_block(
     const T* in, int64_t inputs, const T* weight, const int64_t* offsets, int64_t taps,
     const T* start, T scale, T* out) {
   using Vector = typename Lanes<T>::Vector;
-  constexpr int64_t lanes = Lanes<T>::count, padded = kVectors * lanes;
+  constexpr int64_t lanes = Lanes<T>::count, padded = kPadded<T, kVectors, kPanels>;
   Vector sum[kPixels][kVectors];
   for (int p = 0; p < kPixels; ++p)
     for (int v = 0; v < kVectors; ++v)
       sum[p][v] = start == nullptr ? Vector{} : scale * load(start + p * padded + v * lanes);
   for (int64_t tap = 0; tap < taps; ++tap) {
     const T* source = in + offsets[tap] * padded;
-    for (int64_t i = 0; i < inputs; ++i, weight += padded) {
+    for (int64_t i = 0; i < inputs; ++i, weight += kVectors * lanes) {
       Vector w[kVectors];
       for (int v = 0; v < kVectors; ++v) w[v] = load(weight + v * lanes);
       for (int p = 0; p < kPixels; ++p) {
@@ -67,17 +90,17 @@ void convolve_block(
 }
 
 template <typename T>
-using ConvolveBlock = decltype(&convolve_block<T, 1, 1>);
+using ConvolveBlock = decltype(&convolve_block<T, 1, 1, 1>);
 
 template <int kVectors>
 constexpr int kMaxPixels = SNF_ACCUMULATORS / kVectors;
 
 // The block of `pixels` (1 to kMaxPixels) neighbours.
-template <typename T, int kVectors, int kPixels = kMaxPixels<kVectors>>
+template <typename T, int kVectors, int kPanels, int kPixels = kMaxPixels<kVectors>>
 ConvolveBlock<T> convolve_block_of(int64_t pixels) {
   if constexpr (kPixels > 1)
-    if (pixels < kPixels) return convolve_block_of<T, kVectors, kPixels - 1>(pixels);
-  return convolve_block<T, kVectors, kPixels>;
+    if (pixels < kPixels) return convolve_block_of<T, kVectors, kPanels, kPixels - 1>(pixels);
+  return convolve_block<T, kVectors, kPanels, kPixels>;
 }
 
 // How many rows below the centre a tap lies.
@@ -96,26 +119,27 @@ struct Inside {
 
 // out = scale * start + kernel * in, on the pixels of padded planes. Rows of taps that fall outside
 // the image are left out, which is much of the work when the image is small.
-template <typename T, int kVectors>
+template <typename T, int kVectors, int kPanels>
 void convolve(
     const Conv2dShape& shape, const Plane& plane, const T* weight, const PackedKernel<T>& kernel,
     const T* in, const T* start, T scale, T* out) {
-  constexpr int64_t padded = kVectors * Lanes<T>::count;
+  constexpr int64_t padded = kPadded<T, kVectors, kPanels>, panel = padded / kPanels;
   const Parts spans(shape.width, kMaxPixels<kVectors>);
   const KernelSize size = kernel.size;
-  for (int64_t row = 0; row < shape.height; ++row) {
-    int64_t first = 0, last = size.taps();
-    while (!Inside(shape, tap_row(shape, size, first)).holds(row)) first += size.columns;
-    while (!Inside(shape, tap_row(shape, size, last - 1)).holds(row)) last -= size.columns;
-    int64_t column = 0;
-    for (int64_t span = 0; span < spans.count; column += spans[span], ++span) {
-      const int64_t at = (plane.lead + row * plane.pitch + column) * padded;
-      convolve_block_of<T, kVectors>(spans[span])(
-          in + at, shape.per_group(), weight + first * shape.per_group() * padded,
-          kernel.offsets + first, last - first, start == nullptr ? nullptr : start + at, scale,
-          out + at);
+  const int64_t tap_weights = shape.per_group() * panel;
+  for (int64_t c = 0; c < padded; c += panel, weight += size.taps() * tap_weights)
+    for (int64_t row = 0; row < shape.height; ++row) {
+      int64_t first = 0, last = size.taps();
+      while (!Inside(shape, tap_row(shape, size, first)).holds(row)) first += size.columns;
+      while (!Inside(shape, tap_row(shape, size, last - 1)).holds(row)) last -= size.columns;
+      int64_t column = 0;
+      for (int64_t span = 0; span < spans.count; column += spans[span], ++span) {
+        const int64_t at = (plane.lead + row * plane.pitch + column) * padded;
+        convolve_block_of<T, kVectors, kPanels>(spans[span])(
+            in + at, shape.per_group(), weight + first * tap_weights, kernel.offsets + first,
+            last - first, start == nullptr ? nullptr : start + at + c, scale, out + at + c);
+      }
     }
-  }
 }
 
 // Input channels whose gradients are kept in registers together: a power of two.
@@ -126,55 +150,60 @@ constexpr int inputs_together() {
   return n;
 }
 
-template <typename T, int kVectors>
+template <typename T, int kVectors, int kPanels>
 inline int64_t group_gradient_size(const Conv2dShape& shape, int64_t taps) {
   constexpr int64_t step = inputs_together<kVectors>();
   const int64_t inputs = (shape.per_group() + step - 1) / step * step;
-  return taps * inputs * kVectors * Lanes<T>::count;
+  return taps * inputs * kPadded<T, kVectors, kPanels>;
 }
 
 // grad += weight gradient of several images `stride` apart, in packed order with the input channels
 // rounded up.
-template <typename T, int kVectors>
+template <typename T, int kVectors, int kPanels>
 void correlate(
     const Conv2dShape& shape, const Plane& plane, const PackedKernel<T>& kernel, const T* delta,
     const T* in, int64_t images, int64_t stride, T* grad) {
   using Vector = typename Lanes<T>::Vector;
-  constexpr int64_t lanes = Lanes<T>::count, padded = kVectors * lanes;
+  constexpr int64_t lanes = Lanes<T>::count, padded = kPadded<T, kVectors, kPanels>;
+  constexpr int64_t panel = padded / kPanels;
   constexpr int kInputs = inputs_together<kVectors>();
-  for (int64_t tap = 0; tap < kernel.size.taps(); ++tap) {
-    const Inside rows(shape, tap_row(shape, kernel.size, tap));
-    for (int64_t i = 0; i < shape.per_group(); i += kInputs, grad += kInputs * padded) {
-      Vector sum[kInputs][kVectors];
-      for (int j = 0; j < kInputs; ++j)
-        for (int v = 0; v < kVectors; ++v) sum[j][v] = load(grad + j * padded + v * lanes);
-      for (int64_t image = 0; image < images; ++image)
-        for (int64_t row = rows.begin; row < rows.end; ++row) {
-          const int64_t at = image * stride + (plane.lead + row * plane.pitch) * padded;
-          const T* d = delta + at;
-          const T* x = in + at + kernel.offsets[tap] * padded + i;
-          for (int64_t column = 0; column < shape.width; ++column, d += padded, x += padded) {
-            Vector deltas[kVectors];
-            for (int v = 0; v < kVectors; ++v) deltas[v] = load(d + v * lanes);
-            for (int j = 0; j < kInputs; ++j)
-              for (int v = 0; v < kVectors; ++v) sum[j][v] += x[j] * deltas[v];
+  for (int64_t c = 0; c < padded; c += panel)
+    for (int64_t tap = 0; tap < kernel.size.taps(); ++tap) {
+      const Inside rows(shape, tap_row(shape, kernel.size, tap));
+      for (int64_t i = 0; i < shape.per_group(); i += kInputs, grad += kInputs * panel) {
+        Vector sum[kInputs][kVectors];
+        for (int j = 0; j < kInputs; ++j)
+          for (int v = 0; v < kVectors; ++v) sum[j][v] = load(grad + j * panel + v * lanes);
+        for (int64_t image = 0; image < images; ++image)
+          for (int64_t row = rows.begin; row < rows.end; ++row) {
+            const int64_t at = image * stride + (plane.lead + row * plane.pitch) * padded;
+            const T* d = delta + at + c;
+            const T* x = in + at + kernel.offsets[tap] * padded + i;
+            for (int64_t column = 0; column < shape.width; ++column, d += padded, x += padded) {
+              Vector deltas[kVectors];
+              for (int v = 0; v < kVectors; ++v) deltas[v] = load(d + v * lanes);
+              for (int j = 0; j < kInputs; ++j)
+                for (int v = 0; v < kVectors; ++v) sum[j][v] += x[j] * deltas[v];
+            }
           }
-        }
-      for (int j = 0; j < kInputs; ++j)
-        for (int v = 0; v < kVectors; ++v) store(grad + j * padded + v * lanes, sum[j][v]);
+        for (int j = 0; j < kInputs; ++j)
+          for (int v = 0; v < kVectors; ++v) store(grad + j * panel + v * lanes, sum[j][v]);
+      }
     }
-  }
 }
 
 // Packed order to the kernel's.
-template <typename T, int kVectors>
+template <typename T, int kVectors, int kPanels>
 void unpack_groups(const Conv2dShape& shape, int64_t taps, const T* packed, T* grad) {
-  constexpr int64_t padded = kVectors * Lanes<T>::count, step = inputs_together<kVectors>();
+  constexpr int64_t panel = kPadded<T, kVectors, 1>, step = inputs_together<kVectors>();
   const int64_t width = shape.per_group(), inputs = (width + step - 1) / step * step;
-  for (int64_t group = 0; group < shape.groups; ++group, packed += taps * inputs * padded)
-    for (int64_t o = 0; o < width; ++o)
+  const int64_t group_size = group_gradient_size<T, kVectors, kPanels>(shape, taps);
+  for (int64_t group = 0; group < shape.groups; ++group, packed += group_size)
+    for (int64_t o = 0; o < width; ++o) {
+      const T* from = packed + o / panel * taps * inputs * panel + o % panel;
       for (int64_t i = 0; i < width; ++i)
-        for (int64_t tap = 0; tap < taps; ++tap) *grad++ = packed[(tap * inputs + i) * padded + o];
+        for (int64_t tap = 0; tap < taps; ++tap) *grad++ = from[(tap * inputs + i) * panel];
+    }
 }
 
 // Wraps the image around a circular plane; a zero-padded one keeps the zeros it was made with.
@@ -233,11 +262,11 @@ void clear(T* values, int64_t count) {
 // Past a buffer's end, `correlate` may read input channels that round the group up.
 constexpr int64_t kSlack = 16;
 
-template <typename T, int kVectors>
+template <typename T, int kVectors, int kPanels>
 void forward_images(const Conv2dForward<T>& step, int64_t begin, int64_t end) {
   const Conv2dShape& shape = step.shape;
   const Plane& plane = step.plane;
-  constexpr int64_t padded = kVectors * Lanes<T>::count;
+  constexpr int64_t padded = kPadded<T, kVectors, kPanels>;
   const int64_t volume = plane.size * padded, width = shape.per_group();
   const int64_t group_size = width * shape.pixels();
   T* x = workspace<T>(3 * volume);
@@ -249,14 +278,14 @@ void forward_images(const Conv2dForward<T>& step, int64_t begin, int64_t end) {
       const int64_t at = (image * shape.groups + group) * group_size;
       const int64_t kernel = group * width * padded;
       load_image<T>(shape, plane, padded, step.x + at, T(1), nullptr, x);
-      convolve<T, kVectors>(
+      convolve<T, kVectors, kPanels>(
           shape, plane, step.weight.values + kernel * step.weight.size.taps(), step.weight, x,
           nullptr, T(0), y);
       const T* bias = step.bias == nullptr ? nullptr : step.bias + group * width;
       store_image(shape, plane, padded, y, bias, step.z + at);
       if (step.residual == nullptr) continue;
       fill_halo(shape, plane, padded, y);
-      convolve<T, kVectors>(
+      convolve<T, kVectors, kPanels>(
           shape, plane, step.inverse.values + kernel * step.inverse.size.taps(), step.inverse, y, x,
           T(-1), e);
       store_image<T>(shape, plane, padded, e, nullptr, step.residual + at);
@@ -266,17 +295,17 @@ void forward_images(const Conv2dForward<T>& step, int64_t begin, int64_t end) {
   }
 }
 
-template <typename T, int kVectors>
+template <typename T, int kVectors, int kPanels>
 void backward_images(
     const Conv2dBackward<T>& step, int64_t begin, int64_t end, T* grad_weight, T* grad_inverse) {
   const Conv2dShape& shape = step.shape;
   const Plane& plane = step.plane;
-  constexpr int64_t padded = kVectors * Lanes<T>::count;
+  constexpr int64_t padded = kPadded<T, kVectors, kPanels>;
   const int64_t volume = plane.size * padded, width = shape.per_group();
   const int64_t group_size = width * shape.pixels();
   const int64_t taps_w = step.weight_flipped.size.taps(), taps_r = step.inverse_flipped.size.taps();
-  const int64_t size_w = group_gradient_size<T, kVectors>(shape, taps_w);
-  const int64_t size_r = group_gradient_size<T, kVectors>(shape, taps_r);
+  const int64_t size_w = group_gradient_size<T, kVectors, kPanels>(shape, taps_w);
+  const int64_t size_r = group_gradient_size<T, kVectors, kPanels>(shape, taps_r);
   const int64_t together =
       images_together<T>((64 + shape.pixels() - 1) / shape.pixels(), 4 * volume, end - begin);
   const bool want_dx = step.grad_x != nullptr || step.want_inverse;
@@ -301,7 +330,7 @@ void backward_images(
               shape, plane, padded, step.residual + at, T(2) * step.grad_recon[image], nullptr,
               pull);
         if (want_dx) {
-          convolve<T, kVectors>(
+          convolve<T, kVectors, kPanels>(
               shape, plane, step.weight_flipped.values + kernel * taps_w, step.weight_flipped, dz,
               nullptr, T(0), own_r);
           if (step.grad_x != nullptr)
@@ -309,7 +338,7 @@ void backward_images(
         }
         if (step.want_weight) {
           if (step.pulls_weight)
-            convolve<T, kVectors>(
+            convolve<T, kVectors, kPanels>(
                 shape, plane, step.inverse_flipped.values + kernel * taps_r, step.inverse_flipped,
                 pull, dz, step.data_share, own_w);
           else
@@ -323,10 +352,10 @@ void backward_images(
         }
       }
       if (step.want_weight)
-        correlate<T, kVectors>(
+        correlate<T, kVectors, kPanels>(
             shape, plane, step.weight_flipped, delta_w, x, images, volume, grad_weight);
       if (step.want_inverse)
-        correlate<T, kVectors>(
+        correlate<T, kVectors, kPanels>(
             shape, plane, step.inverse_flipped, delta_r, y, images, volume, grad_inverse);
     }
     grad_weight += step.want_weight ? size_w : 0;
@@ -336,43 +365,31 @@ void backward_images(
 
 template <typename T>
 void forward(const Conv2dForward<T>& step, int64_t begin, int64_t end) {
-  switch (vector_count<T>(step.shape)) {
-    case 1: return forward_images<T, 1>(step, begin, end);
-    case 2: return forward_images<T, 2>(step, begin, end);
-    case 3: return forward_images<T, 3>(step, begin, end);
-    default: return forward_images<T, 4>(step, begin, end);
-  }
+  with_panels<T>(step.shape, [&]<int kVectors, int kPanels>() {
+    forward_images<T, kVectors, kPanels>(step, begin, end);
+  });
 }
 
 template <typename T>
 void backward(
     const Conv2dBackward<T>& step, int64_t begin, int64_t end, T* grad_weight, T* grad_inverse) {
-  switch (vector_count<T>(step.shape)) {
-    case 1: return backward_images<T, 1>(step, begin, end, grad_weight, grad_inverse);
-    case 2: return backward_images<T, 2>(step, begin, end, grad_weight, grad_inverse);
-    case 3: return backward_images<T, 3>(step, begin, end, grad_weight, grad_inverse);
-    default: return backward_images<T, 4>(step, begin, end, grad_weight, grad_inverse);
-  }
+  with_panels<T>(step.shape, [&]<int kVectors, int kPanels>() {
+    backward_images<T, kVectors, kPanels>(step, begin, end, grad_weight, grad_inverse);
+  });
 }
 
 template <typename T>
 int64_t gradient_size(const Conv2dShape& shape, int64_t taps) {
-  switch (vector_count<T>(shape)) {
-    case 1: return shape.groups * group_gradient_size<T, 1>(shape, taps);
-    case 2: return shape.groups * group_gradient_size<T, 2>(shape, taps);
-    case 3: return shape.groups * group_gradient_size<T, 3>(shape, taps);
-    default: return shape.groups * group_gradient_size<T, 4>(shape, taps);
-  }
+  return with_panels<T>(shape, [&]<int kVectors, int kPanels>() {
+    return shape.groups * group_gradient_size<T, kVectors, kPanels>(shape, taps);
+  });
 }
 
 template <typename T>
 void unpack(const Conv2dShape& shape, int64_t taps, const T* packed, T* grad) {
-  switch (vector_count<T>(shape)) {
-    case 1: return unpack_groups<T, 1>(shape, taps, packed, grad);
-    case 2: return unpack_groups<T, 2>(shape, taps, packed, grad);
-    case 3: return unpack_groups<T, 3>(shape, taps, packed, grad);
-    default: return unpack_groups<T, 4>(shape, taps, packed, grad);
-  }
+  with_panels<T>(shape, [&]<int kVectors, int kPanels>() {
+    unpack_groups<T, kVectors, kPanels>(shape, taps, packed, grad);
+  });
 }
 
 template <typename T>

@@ -8,11 +8,10 @@ namespace SNF_ISA {
 // most where a kernel has one tap.
 template <typename T>
 const Conv2dPath<T>& choose(const Conv2dShape& shape, const Plane& plane) {
-  const int64_t vectors = channels::vector_count<T>(shape);
-  if (vectors > channels::kMaxVectors) return pixels::path<T>;
+  if (channels::vector_count<T>(shape) > channels::kMaxVectors) return pixels::path<T>;
   const bool one_tap = shape.weight.taps() * shape.inverse.taps() == 1;
   const double along_channels = (one_tap ? 0.5 : 0.95) * static_cast<double>(shape.per_group()) /
-                                static_cast<double>(vectors * Lanes<T>::count);
+                                static_cast<double>(channels::padded_channels<T>(shape));
   const double along_pixels =
       0.8 * static_cast<double>(shape.pixels()) / static_cast<double>(plane.length);
   return along_channels > along_pixels ? channels::path<T> : pixels::path<T>;

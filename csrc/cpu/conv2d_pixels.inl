@@ -236,9 +236,9 @@ void clear_gaps(const Conv2dShape& shape, const Plane& plane, T* planes) {
   const int64_t used = shape.height * plane.pitch;
   for (int64_t c = 0; c < shape.channels; ++c) {
     T* pixels = planes + c * plane.size + plane.lead;
-    if (plane.pitch > shape.width)
-      for (int64_t row = 0; row < shape.height; ++row)
-        for (int64_t i = shape.width; i < plane.pitch; ++i) pixels[row * plane.pitch + i] = T(0);
+    // Down the columns: a gap is one or two numbers wide, for which a call of memset is too much.
+    for (int64_t i = shape.width; i < plane.pitch; ++i)
+      for (int64_t row = 0; row < shape.height; ++row) pixels[row * plane.pitch + i] = T(0);
     for (int64_t i = used; i < plane.length; ++i) pixels[i] = T(0);
   }
 }
@@ -271,6 +271,21 @@ void fill_halo(const Conv2dShape& shape, const Plane& plane, T* planes) {
   }
 }
 
+// to = f(from) for rows of `width` numbers, `from_pitch` and `to_pitch` apart, in whole vectors:
+// past its end a row but the last reaches into the next one, which is written after it.
+template <typename T, typename F>
+void copy_rows(
+    int64_t rows, int64_t width, const T* from, int64_t from_pitch, T* to, int64_t to_pitch,
+    const F& f) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  const int64_t rounded = (width + lanes - 1) / lanes * lanes;
+  if (rounded - width <= width)
+    for (; rows > 1; --rows, from += from_pitch, to += to_pitch)
+      for (int64_t i = 0; i < rounded; i += lanes) store(to + i, f(load(from + i)));
+  for (; rows > 0; --rows, from += from_pitch, to += to_pitch)
+    for (int64_t i = 0; i < width; ++i) to[i] = f(from[i]);
+}
+
 // planes = scale * image - shift[channel], with its halo.
 template <typename T>
 void load_image(
@@ -278,10 +293,10 @@ void load_image(
     T* planes) {
   for (int64_t c = 0; c < shape.channels; ++c) {
     const T minus = shift == nullptr ? T(0) : shift[c];
-    for (int64_t row = 0; row < shape.height; ++row, image += shape.width) {
-      T* line = planes + c * plane.size + plane.lead + row * plane.pitch;
-      for (int64_t i = 0; i < shape.width; ++i) line[i] = scale * image[i] - minus;
-    }
+    copy_rows(
+        shape.height, shape.width, image + c * shape.pixels(), shape.width,
+        planes + c * plane.size + plane.lead, plane.pitch,
+        [=](auto value) { return scale * value - minus; });
   }
   fill_halo(shape, plane, planes);
 }
@@ -292,10 +307,9 @@ void store_image(
     const Conv2dShape& shape, const Plane& plane, const T* planes, const T* shift, T* image) {
   for (int64_t c = 0; c < shape.channels; ++c) {
     const T plus = shift == nullptr ? T(0) : shift[c];
-    for (int64_t row = 0; row < shape.height; ++row, image += shape.width) {
-      const T* line = planes + c * plane.size + plane.lead + row * plane.pitch;
-      for (int64_t i = 0; i < shape.width; ++i) image[i] = line[i] + plus;
-    }
+    copy_rows(
+        shape.height, shape.width, planes + c * plane.size + plane.lead, plane.pitch,
+        image + c * shape.pixels(), shape.width, [=](auto value) { return value + plus; });
   }
 }
 
