@@ -315,12 +315,12 @@ CONV = (
 
 MODELS = (
     # The public code's base density is the D x D normal.
-    ModelCase("fc 2 layers 1x28x28", (1, 28, 28), 2, targets={"composed, DxD base": 3.0}),
+    ModelCase("fc 2 layers 1x28x28", (1, 28, 28), 2, targets={"composed, DxD base": 3.0, **STOCK}),
     ModelCase(
         "conv 9 layers 1x28x28",
         (1, 28, 28),
         9,
-        targets={"composed, DxD base": 10.0},
+        targets={"composed, DxD base": 10.0, **STOCK},
         model="conv",
         blocks=3,
     ),
@@ -328,7 +328,7 @@ MODELS = (
         "glow 2L-4K-16W 1x28x28",
         (1, 28, 28),
         8,
-        targets={"composed, DxD base": 2.0},
+        targets={"composed, DxD base": 2.0, **STOCK},
         model="glow",
         blocks=2,
     ),

@@ -82,7 +82,9 @@ sanitizer() {
 
 # benchmark SUITE LIMIT
 benchmark() {
-  section "$1" "$2" "$python" -m bench.compare "$1" --device cuda --graph --compile \
+  local compile=(--compile)
+  [ "$1" != models ] || compile=() # it would take minutes
+  section "$1" "$2" "$python" -m bench.compare "$1" --device cuda --graph "${compile[@]}" \
     --rounds 11 --min-sample 0.01 --out "$out/$1-cuda.json" --plot "$out/$1-cuda.png"
 }
 

@@ -337,6 +337,13 @@ def model_variants(
             variants.append(
                 Variant(name, step, backend_context(backend), no_graph=no_graph, adam=True)
             )
+    if compiled:  # minutes, most of them for the convolutional model
+        torch.compiler.reset()
+        flow = copy.deepcopy(start)
+        loss = torch.compile(flow.loss, dynamic=False)
+        step = _train(flow, lambda: loss(x).backward(), fused=False)
+        context, name = backend_context("reference"), "compiled reference"
+        variants.append(Variant(name, step, context, no_graph=ADAM_ON_HOST, adam=True))
     for label, base in (("DxD base", "multivariate"), ("normal base", "normal")):
         composed = composed_like(start, case, base)
         step = _train(composed, lambda flow=composed: flow.training_backward(x), fused=False)

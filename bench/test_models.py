@@ -12,6 +12,7 @@ VARIANTS = (
     "native, fused Adam",
     "reference",
     "reference, fused Adam",
+    "compiled reference",
     "composed, DxD base",
     "composed, normal base",
     "1024^3 product",
