@@ -19,8 +19,7 @@ namespace snf {
 
 using at::Tensor;
 
-// From how many channels a group on torch's own convolutions are faster (float32, AVX-512,
-// measured).
+// From how many channels a group on torch's own convolutions are taken (measured in float32).
 bool prefers_stock(const Tensor& weight, const Tensor& weight_inv) {
   const bool one_tap =
       weight.size(2) * weight.size(3) == 1 && weight_inv.size(2) * weight_inv.size(3) == 1;
