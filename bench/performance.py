@@ -43,7 +43,8 @@ def table(result: Result, cases: Sequence[str] | None = None) -> str:
     for case in dict.fromkeys(r["case"] for r in rows):
         here = {r["variant"]: r for r in rows if r["case"] == case}
         native = here["native"]
-        cells = [case, milliseconds(native), f"{native['fraction_of_floor']:.2f}"]
+        reached = native.get("fraction_of_floor")  # results of before floors have none
+        cells = [case, milliseconds(native), "" if reached is None else f"{reached:.2f}"]
         cells += [_cell(here.get(other)) for other in others]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -59,7 +60,9 @@ def _cell(row: Row | None) -> str:
     if row is None or row["ratio_base"] != "native":
         return ""
     text = f"{row['ratio']:.2f} [{row['ratio_q1']:.2f} {row['ratio_q3']:.2f}]"
-    return f"{text} **wanted {row['target']:.3g}**" if row["met"] is False else text
+    if row["met"] is not False:
+        return text
+    return f"{text} **wanted {row['target']:.3g}**" if row["target"] else f"{text} **missed**"
 
 
 def missed(result: Result) -> list[str]:
