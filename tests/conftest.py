@@ -11,6 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from cli_runs import in_own_folder, trained  # noqa: F401
+from graph_world import gpu, world  # noqa: F401
 
 import snf_ext
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
+import pytest
 import torch
 
 import snf_ext
 from snf_ext import graphed
+
+fused_adam = partial(torch.optim.Adam, lr=1e-2, fused=True, capturable=True)
+momentum = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
 
 
 class StandIn:
@@ -204,3 +209,17 @@ def run_both(world, twins, step, batches, between=lambda index, flow, optimizer:
         world.assert_same(left, right)
     assert not any(loss.requires_grad for loss in losses)
     return flags
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return make_world(graphed._Cuda(), monkeypatch)
+
+
+@pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.cuda)])
+def world(request, monkeypatch):
+    if request.param == "cuda":
+        return request.getfixturevalue("gpu")
+    return make_world(StandIn(), monkeypatch)

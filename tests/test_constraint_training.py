@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from test_training import CONFIG, DATA, SHAPE, Trainer, same_run
+from training_runs import CONFIG, DATA, SHAPE, Trainer, same_run
 
 import snf_ext
 from snf_ext import cli

@@ -8,8 +8,8 @@ import pytest
 import small_flows
 import torch
 from small_flows import Nest
-from test_training import CONFIG, DATA, new_run, same_run
 from torch import nn
+from training_runs import CONFIG, DATA, new_run, same_run
 
 import snf_ext
 from snf_ext.training import checkpoint, evaluate

@@ -7,7 +7,7 @@ import signal
 from dataclasses import replace
 
 import pytest
-from test_training import CONFIG, new_run, resumed, same_run
+from training_runs import CONFIG, new_run, resumed, same_run
 
 from snf_ext import cli
 from snf_ext.training import checkpoint

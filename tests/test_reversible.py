@@ -21,7 +21,7 @@ from reversible_twins import (
     twins,
 )
 from small_flows import ContextAffine, Nest, conditional
-from test_training import CONFIG, new_run
+from training_runs import CONFIG, new_run
 
 import snf_ext
 from snf_ext import Reversible, cli, graphed

@@ -7,7 +7,7 @@ import signal
 from dataclasses import replace
 
 import pytest
-from test_training import CONFIG, assert_same, new_run, resumed, same_run, trainer
+from training_runs import CONFIG, assert_same, new_run, resumed, same_run, trainer
 
 import snf_ext
 from snf_ext import cli
