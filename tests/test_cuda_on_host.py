@@ -194,10 +194,10 @@ def test_kernels_of_too_many_parameters_do_not_compile(size, compiles, tmp_path)
 
 @dataclass(frozen=True)
 class Fault:
-    """A change of one place in ``csrc/cuda/FILE.cuh``, and what the variants say of it."""
+    """A change of one place in a header of ``csrc/cuda/UNIT.cu``: what the variants say of it."""
 
     name: str
-    file: str
+    unit: str
     there: str
     instead: str
     program: tuple[str, ...]
@@ -296,7 +296,10 @@ FAULTS = [
 def test_faults_are_found(fault, tmp_path):
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
-    header, unit = (csrc / "cuda" / f"{fault.file}{suffix}" for suffix in (".cuh", ".cu"))
+    unit = csrc / "cuda" / f"{fault.unit}.cu"
+    headers = [path for path in unit.parent.glob("*.cuh") if fault.there in path.read_text()]
+    assert len(headers) == 1, "the code has changed: change the fault too"
+    (header,) = headers
     assert header.read_text().count(fault.there) == 1, "the code has changed: change the fault too"
     header.write_text(header.read_text().replace(fault.there, fault.instead))
     name, *arguments = fault.program

@@ -1,7 +1,9 @@
 // Launches of the fused convolution kernels.
 #include "conv2d.h"
 
-#include "conv2d_kernels.cuh"
+#include "conv2d_backward.cuh"
+#include "conv2d_finish.cuh"
+#include "conv2d_forward.cuh"
 #include "pointwise.h"
 
 namespace snf {
