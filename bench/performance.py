@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["growth_table", "main", "milliseconds", "missed", "origin", "table"]
+__all__ = ["growth_table", "main", "milliseconds", "origin", "table"]
 
 Row = Mapping[str, Any]
 Result = Mapping[str, Any]
@@ -63,11 +63,6 @@ def _cell(row: Row | None) -> str:
     if row["met"] is not False:
         return text
     return f"{text} **wanted {row['target']:.3g}**" if row["target"] else f"{text} **missed**"
-
-
-def missed(result: Result) -> list[str]:
-    """The cases and variants whose target was not reached."""
-    return [f"{r['case']}: {r['variant']}" for r in result["rows"] if r["met"] is False]
 
 
 def growth_table(result: Result) -> str:
