@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bijection import Bijection, FlowStep, per_sample_zeros, push
+from ..shard import drawn_for
 from .coupling import AffineCoupling
 from .event import check_events, checked_event_shape, checked_size
 
@@ -40,7 +41,7 @@ class Dequantize(Bijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         if not x.is_floating_point():
             x = x.to(torch.get_default_dtype())
-        return FlowStep(x + torch.rand_like(x), per_sample_zeros(x), per_sample_zeros(x))
+        return FlowStep(x + drawn_for(x, torch.rand_like), per_sample_zeros(x), per_sample_zeros(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
         return z.floor().clamp(0, self.levels - 1)
@@ -104,7 +105,7 @@ class VariationalDequantize(Bijection):
         check_events(x, "x", self.event_shape)
         if not x.is_floating_point():
             x = x.to(next(self.parameters()).dtype)
-        e = torch.randn_like(x)
+        e = drawn_for(x, torch.randn_like)
         image = x / max(1, self.levels - 1) * 2 - 1
         v, log_det, recon = push(list(self.couplings), e, image, exact=False)  # type: ignore[arg-type]
         u, log_slope = ops.logit(v, 0.0, inverse=True)
