@@ -35,6 +35,7 @@ from .training.config import Config, resolve
 from .training.context import context_of
 from .training.errors import Diverged, UserError, require
 from .training.evaluate import bits_per_dim
+from .training.world import World, is_first_process, is_restarted, joined, local_device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"snf-ext: {' '.join(message.split())}", file=sys.stderr)
+    if is_first_process():
+        print(f"snf-ext: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 
@@ -84,10 +86,18 @@ def _backend(name: str | None) -> AbstractContextManager[Any]:
 def train(options: Train) -> None:
     """``snf-ext train``."""
     run.check_extras()
-    device = _device(options.device)
     if options.threads is not None and options.threads < 1:
         raise UserError(f"threads must be at least 1; got {options.threads}")
-    folder, resumed = run.open_folder(options.run_dir) if options.resume else (None, None)
+    device = local_device(_device(options.device))
+    with joined(device) as world:
+        _train(options, device, world)
+
+
+def _train(options: Train, device: torch.device, world: World) -> None:
+    resume = options.resume or (is_restarted() and options.run_dir is not None)
+    folder, resumed = None, None
+    if resume:
+        folder, resumed = world.from_first(lambda: run.open_folder(options.run_dir))
     config = _config(options, resumed)
     if config.conditional:
         _require_context(config.model)
@@ -101,12 +111,21 @@ def train(options: Train) -> None:
         start = {"kappa": config.kappa, "recon_weight": config.recon_weight}
         model["controller"] = {"name": config.controller, "settings": start}
     build_flow(model)  # what does not fit must not leave a folder behind
-    folder = folder or run.new_folder(options.run_dir, f"{config.model}-{config.data}")
-    print(f"training {config.model} on {config.data}, {config.epochs} epochs, in {folder}")
+    if folder is None:
+        name = f"{config.model}-{config.data}"
+        folder = world.from_first(lambda: run.new_folder(options.run_dir, name))
+    if world.first:
+        together = f", {world.size} processes" if world.size > 1 else ""
+        print(
+            f"training {config.model} on {config.data}, {config.epochs} epochs{together}, "
+            f"in {folder}"
+        )
     with _threads(options.threads, math.prod(images.event_shape)):
         result = run.train(
-            config, images, model, build_flow, folder, resumed, device, options.progress
+            config, images, model, build_flow, folder, resumed, device, options.progress, world
         )
+    if not world.first:
+        return
     start = result["start_test_nll"]
     bits = bits_per_dim(start, images.event_shape)
     print(f"best epoch of {result['epochs']}: {result['best_epoch']}, by validation NLL")
@@ -232,7 +251,7 @@ def _config(options: Train, resumed: dict[str, Any] | None) -> Config:
     given = {
         setting.name: getattr(options, setting.name)
         for setting in fields(Config)
-        if setting.name not in ("model_args", "shuffle", *SWITCHES)
+        if setting.name not in ("model_args", "shuffle", "graph", *SWITCHES)
     }
     if earlier is None:
         given |= {"model": given["model"] or "fc", "data": given["data"] or "digits"}
@@ -241,6 +260,7 @@ def _config(options: Train, resumed: dict[str, Any] | None) -> Config:
     pairs = options.model_args
     given["model_args"] = keyword_arguments(name, MODELS[name], pairs, DECIDED) or None
     given["shuffle"] = None if options.shuffle else False
+    given["graph"] = None if options.graph else False
     given |= {name: getattr(options, name) or None for name in SWITCHES}
     config = resolve(given, earlier)
     if resumed is not None and config.epochs < resumed["epoch"]:

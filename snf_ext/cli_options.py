@@ -53,7 +53,7 @@ class Train:
     With no settings but the model it trains on scikit-learn's handwritten digits in less
     than a minute. A setting that is not given takes the default for the model and the data (those
     of the paper but for the epochs, and quick ones for digits) or, with --resume, the earlier
-    run's.
+    run's. Started by torchrun, once for each GPU or core, the processes share every batch.
     """
 
     model: ModelName | None = None
@@ -98,6 +98,10 @@ class Train:
     """Learn the density of images given their class, for models that take a context."""
     actnorm_batches: int | None = None
     """Batches that actnorm is initialised from; 1. More is steadier for small batches."""
+    accumulate: int | None = None
+    """Pieces that each batch is taken in, one after the other, with the memory of one; 1."""
+    graph: bool = True
+    """Replay steps on a GPU as CUDA graphs where that is possible."""
     reversible: bool = False
     """Keep no activations for backward, which rebuilds them by the inverses: a fraction of the
     memory, two to four times the time."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,8 @@ class Controller(nn.Module):
 
     recon_weight: Tensor
     sums: Tensor
+    _found: Tensor | None = None  # in the parts of a batch so far
+    _moved = False  # by this batch already; see shown_all
 
     def __init__(
         self,
@@ -90,15 +93,22 @@ class Controller(nn.Module):
 
     def forward(self, recon: Tensor, x: Tensor) -> Tensor:
         weight = self.recon_weight
-        if self.training and torch.is_grad_enabled():
+        if self.training and self._found is not None:
+            self._found += self._sums_of(recon, x)
+        elif self.training and torch.is_grad_enabled() and not self._moved:
             with torch.no_grad():
                 weight = passes.once(self, partial(self._update, recon, x))
         return recon * weight.to(recon.dtype)
 
     def _update(self, recon: Tensor, x: Tensor) -> Tensor:
         """Take a batch in; lambda, in a tensor of its own that backward can rely on."""
+        return self._advance(self._sums_of(recon, x))
+
+    def _sums_of(self, recon: Tensor, x: Tensor) -> Tensor:
         energy = torch.linalg.vector_norm(x, dtype=wide_dtype(x.dtype)).square()
-        found = torch.stack((recon.sum().to(energy.dtype), energy)).to(self.sums.dtype)
+        return torch.stack((recon.sum().to(energy.dtype), energy)).to(self.sums.dtype)
+
+    def _advance(self, found: Tensor) -> Tensor:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(found)
         sums = torch.add(found, self.sums, alpha=self.ema)
@@ -430,6 +440,31 @@ def controllers(flow: nn.Module) -> dict[str, Controller]:
         for name, module in flow.named_modules()
         if isinstance(module, Controller)
     }
+
+
+@contextmanager
+def shown_all(flow: nn.Module, run: Callable[[], object]) -> Iterator[None]:
+    """A block in which lambda stays, after the controllers have seen all parts of a batch.
+
+    For a batch that is taken part by part, whose gradients need the lambda that follows from the
+    whole of it. ``run`` passes each part through ``flow`` once, without gradients; where there is
+    no controller it is not called.
+    """
+    held = list(controllers(flow).values())
+    try:
+        for controller in held:
+            controller._found = torch.zeros_like(controller.sums)
+        with torch.no_grad():
+            if held:
+                run()
+            for controller in held:
+                assert controller._found is not None
+                controller._advance(controller._found)
+                controller._found, controller._moved = None, True
+        yield
+    finally:
+        for controller in held:
+            controller._found, controller._moved = None, False
 
 
 def weighted(step: FlowStep, controller: Controller | None, x: Tensor) -> FlowStep:

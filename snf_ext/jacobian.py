@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from .bijection import wide_dtype
+from .shard import drawn_for
 
 EventMap = Callable[[Tensor], Tensor]
 """Maps a batch of events to one of the same shape, each event on its own."""
@@ -35,7 +36,8 @@ def orthonormal_probes(x: Tensor, count: int) -> Tensor:
     True
     """
     size = math.prod(x.shape[1:])
-    normal = torch.randn(x.shape[0], size, count, dtype=wide_dtype(x.dtype), device=x.device)
+    empty = torch.empty(x.shape[0], size, count, dtype=wide_dtype(x.dtype), device=x.device)
+    normal = drawn_for(empty, torch.randn_like)
     if count == 1:
         q = normal / torch.linalg.vector_norm(normal, dim=1, keepdim=True)
     else:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import passes
+from . import passes, shard
 from .bijection import Bijection
 
 
@@ -22,6 +22,7 @@ class FirstRun:
         device: where it ran.
         kept: what it did to its state by :func:`snf_ext.passes.once`.
         noise: the states of the random generators before, if it drew from them.
+        part: which part of a batch it ran on.
         buffers: that it may change other than by ``once``: those that it did change, and all of
             networks (torch's batch norm changes its own without counting up their version).
     """
@@ -29,14 +30,15 @@ class FirstRun:
     device: torch.device
     kept: passes.Kept = field(default_factory=dict)
     noise: list[Tensor] | None = None
+    part: shard.Shard | None = None
     buffers: list[Tensor] = field(default_factory=list)
 
     @classmethod
     @contextmanager
     def watched(cls, module: nn.Module, device: torch.device) -> Iterator[FirstRun]:
         """A block that runs ``module``."""
-        run = cls(device)
-        before = _noise(device)
+        run = cls(device, part=shard.current())
+        before = noise_of(device)
         versions = [
             (b, b._version if isinstance(owner, Bijection) else -1)
             for owner in module.modules()
@@ -44,7 +46,7 @@ class FirstRun:
         ]
         with passes.first(run.kept):
             yield run
-        if not all(torch.equal(a, b) for a, b in zip(before, _noise(device), strict=True)):
+        if not all(torch.equal(a, b) for a, b in zip(before, noise_of(device), strict=True)):
             run.noise = before
         run.buffers = [b for b, version in versions if b._version != version]
 
@@ -52,15 +54,15 @@ class FirstRun:
     def again(self) -> Iterator[None]:
         """A block that runs or undoes it with the same noise, and leaves generators and buffers."""
         values = [b.clone() for b in self.buffers]
-        now = None if self.noise is None else _noise(self.device)
+        now = None if self.noise is None else noise_of(self.device)
         if self.noise is not None:
-            _set_noise(self.device, self.noise)
+            set_noise(self.device, self.noise)
         try:
-            with passes.again(self.kept):
+            with passes.again(self.kept), shard.sharded(self.part):
                 yield
         finally:
             if now is not None:
-                _set_noise(self.device, now)
+                set_noise(self.device, now)
             with torch.no_grad():
                 for buffer, value in zip(self.buffers, values, strict=True):
                     buffer.copy_(value)
@@ -74,13 +76,14 @@ def autocast_of_now(kind: str) -> Callable[[], torch.autocast]:
     return partial(torch.autocast, kind, dtype=dtype, enabled=enabled)
 
 
-def _noise(device: torch.device) -> list[Tensor]:
+def noise_of(device: torch.device) -> list[Tensor]:
     """The states of the random generators that a module on ``device`` draws from."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _set_noise(device: torch.device, states: list[Tensor]) -> None:
+def set_noise(device: torch.device, states: list[Tensor]) -> None:
+    """Put the generators into ``states``, from :func:`noise_of`."""
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

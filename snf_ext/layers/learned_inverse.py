@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import exact, ops, passes, tracking
+from .. import exact, ops, passes, shard, tracking
 from ..bijection import FlowStep, wide_dtype
 from ..constraint import Controller, weighted
 from ..reference.autocast import without_autocast
@@ -69,7 +69,10 @@ class LearnedInverse(Refining):
         return FlowStep(step.z, log_det, step.recon)
 
     def _follow(self, x: Tensor, how: Tracked) -> None:
-        """Bring a tracked inverse up to date, in a training step on x."""
+        """Bring a tracked inverse up to date, in a training step on x or with its first part."""
+        part = shard.current()
+        if part is not None and not part.first:
+            return
         self._image = tuple(x.shape[2:]) if self.event_dims == 3 else ()
         if not self.held:
             self.keep_up()

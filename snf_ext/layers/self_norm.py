@@ -12,6 +12,7 @@ from .. import exact, ops, tracking
 from ..bijection import FlowStep
 from ..reference.convolution import flip
 from ..refine import checked_refine
+from ..shard import leading
 from .conv_shape import ConvShape, image_size, odd_pair
 from .debias import Debias, scales_of, signs
 from .initial import STARTS, checked_start, near_identity, resized
@@ -90,7 +91,7 @@ class SelfNormLinear(LearnedInverse):
 
     def _make_right_on(self, x: Tensor, how: Tracked) -> None:
         if how.samples and x.numel():
-            x = x.reshape(-1, self.features)[: how.samples]
+            x = leading(x, how.samples).reshape(-1, self.features)[: how.samples]
             tracking.project_inverse_(self.weight_inv.data, self.weight.data, x)
 
     @torch.no_grad()

@@ -46,19 +46,26 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
+        self.resident = True
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
+    def order(self, number: int) -> Tensor:
+        """The places ``(N,)`` of the images in the order of epoch ``number``, on their device."""
+        if not self.shuffle:
+            return torch.arange(len(self.images), device=self.images.device)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", number))
+        return torch.randperm(len(self.images), generator=generator).to(self.images.device)
+
+    def take(self, index: Tensor) -> Batch:
+        """The images at these places."""
+        return Batch(self.images[index], None if self.context is None else self.context[index])
+
     def epoch(self, number: int) -> Iterator[Batch]:
         """The batches of epoch ``number``."""
-        if not self.shuffle:
-            yield from split(self.images, self.context, self.batch_size)
-            return
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", number))
-        order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
-        for index in order.split(self.batch_size):
-            yield Batch(self.images[index], None if self.context is None else self.context[index])
+        for index in self.order(number).split(self.batch_size):
+            yield self.take(index)
 
     def stream(self, first: int) -> Iterator[Batch]:
         """The batches of epoch ``first`` and of all that follow, without end."""

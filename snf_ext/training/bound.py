@@ -57,9 +57,12 @@ def noise_bound(
     """
     before, rest = split_preprocessing(flow)
     total = torch.zeros(3, dtype=torch.float64)
-    with measuring(flow, images, seed):
+    with measuring(flow, images):
         # All of it first: the dequantization noise is then the one of the exact likelihood.
-        inputs = [(push(before, x, c, exact=True), c) for x, c in batches_of(flow, images, context)]
+        inputs = [
+            (push(before, x, c, exact=True), c)
+            for _, x, c in batches_of(flow, images, context, seed)
+        ]
         for (u, log_det, _), c in inputs:
             model = Flow(rest, tuple(u.shape[1:]), context_features=flow.context_features)
             bound, exact, error = variational_bound(model, u, sigma, samples, c)

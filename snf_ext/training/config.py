@@ -50,6 +50,9 @@ class Config:
         log_det_penalty: weight of the squared log-determinants of the mixing layers (SFM 4.1).
         conditional: whether the class of an image is the flow's context.
         actnorm_batches: how many batches actnorm is initialised from (SFM: 256).
+        accumulate: into how many pieces a step takes its batch, one after the other, to hold the
+            activations of one at a time.
+        graph: whether steps on a GPU are replayed as CUDA graphs where that is possible.
         reversible: whether backward rebuilds activations instead of keeping them; see
             :class:`snf_ext.Reversible`.
 
@@ -80,6 +83,8 @@ class Config:
     log_det_penalty: float = 0.0
     conditional: bool = False
     actnorm_batches: int = 1
+    accumulate: int = 1
+    graph: bool = True
     reversible: bool = False
     model_args: dict[str, Any] = field(default_factory=dict)
 
@@ -112,6 +117,7 @@ class Config:
         penalty = self.log_det_penalty
         self._require("log_det_penalty", 0 <= penalty < math.inf, "finite, not negative")
         self._require("actnorm_batches", self.actnorm_batches >= 1, "at least 1")
+        self._require("accumulate", self.accumulate >= 1, "at least 1")
         if self.on_divergence == "rollback":
             self._require("recon_weight", self.recon_weight > 0, "positive for rollback")
 
@@ -154,6 +160,7 @@ _FREE = {
     "check_every",
     "check_inverse",
     "on_divergence",
+    "graph",
 }
 
 # What a run takes where neither the model nor the request says otherwise.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 
 class UserError(ValueError):
@@ -22,6 +23,10 @@ class Diverged(RuntimeError):
     def __init__(self, message: str, *, cause: str = "", advice: str = "", step: int = 0) -> None:
         super().__init__(message)
         self.cause, self.advice, self.step = cause or message, advice, step
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to reach other processes
+        state = {"cause": self.cause, "advice": self.advice, "step": self.step}
+        return type(self), self.args, state
 
 
 def require(module: str, extra: str = "train") -> ModuleType:

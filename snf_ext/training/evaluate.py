@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..bijection import Bijection, FlowStep, per_sample_sum, pull, push
 from ..flow import Flow
-from .batches import Batch, split
-from .seeds import seeded
+from .batches import split
+from .seeds import derive_seed, seeded
+from .world import ALONE, World
 
 # Fixed, because the dequantization noise of an image depends on its place in the batch.
 BATCH = 500
@@ -52,17 +53,24 @@ def bits_per_dim(nats: float, event_shape: tuple[int, ...]) -> float:
 
 
 def negative_log_likelihood(
-    flow: Flow, images: Tensor, seed: int = 0, context: Tensor | None = None
+    flow: Flow,
+    images: Tensor,
+    seed: int = 0,
+    context: Tensor | None = None,
+    world: World = ALONE,
 ) -> Tensor:
     """Exact ``-log p(x)`` of each image in nats, ``(N,)`` float64 on the CPU.
 
-    Dequantization noise comes from ``seed`` alone, so figures of one set can be compared; the
-    caller's random numbers and the flow's mode are left as they were.
+    Dequantization noise comes from ``seed`` and an image's place alone, so figures of one set can
+    be compared; the caller's random numbers and the flow's mode are left as they were. The
+    processes of ``world`` take the batches in turn, and all get the whole.
     """
-    with measuring(flow, images, seed):
-        return torch.cat(
-            [-flow.log_prob(x, c).double().cpu() for x, c in batches_of(flow, images, context)]
-        )
+    found = [torch.zeros(len(x), dtype=torch.float64) for x in images.split(BATCH)]
+    with measuring(flow, images):
+        for number, x, c in batches_of(flow, images, context, seed):
+            if number % world.size == world.rank:
+                found[number] = -flow.log_prob(x, c).double().cpu()
+    return world.sum(torch.cat(found))
 
 
 def reconstruction_error(
@@ -71,8 +79,8 @@ def reconstruction_error(
     """``(reconstruction, layer_recon)`` as in :class:`Evaluation`."""
     total, count = 0.0, len(images)
     before, rest = split_preprocessing(flow)
-    with measuring(flow, images, seed), _layer_recon(flow) as layers:
-        for x, c in batches_of(flow, images, context):
+    with measuring(flow, images), _layer_recon(flow) as layers:
+        for _, x, c in batches_of(flow, images, context, seed):
             u = push(before, x, c, exact=False).z
             back = pull(rest, push(rest, u, c, exact=False).z, c, exact=False)
             total += (back - u).double().square().sum().item()
@@ -102,7 +110,11 @@ def _layer_recon(flow: Flow) -> Iterator[dict[str, float]]:
 
 
 def evaluate(
-    flow: Flow, images: Tensor, seed: int = 0, context: Tensor | None = None
+    flow: Flow,
+    images: Tensor,
+    seed: int = 0,
+    context: Tensor | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Measure ``flow`` on raw ``images`` ``(N, *event_shape)``; see :class:`Evaluation`.
 
@@ -111,6 +123,7 @@ def evaluate(
         images: raw.
         seed: of the dequantization noise.
         context: of each image, for a conditional flow.
+        world: the processes that share the likelihoods.
 
     Cost: O(D^3) once for the determinants, O(N D^2) for the rest.
 
@@ -120,7 +133,7 @@ def evaluate(
     >>> result.images, sorted(result.layer_recon)
     (10, ['bijections.4', 'bijections.6'])
     """
-    nll = negative_log_likelihood(flow, images, seed, context)
+    nll = negative_log_likelihood(flow, images, seed, context, world)
     mean = nll.mean().item()
     recon, layers = reconstruction_error(flow, images, seed, context)
     error = nll.std(correction=0).item() / math.sqrt(len(nll))
@@ -140,21 +153,27 @@ def device_of(flow: Flow) -> torch.device:
     return next((p.device for p in flow.parameters()), torch.device("cpu"))
 
 
-def batches_of(flow: Flow, images: Tensor, context: Tensor | None) -> Iterator[Batch]:
-    """Always the same ones, on the flow's device."""
-    for x, c in split(images, context, BATCH):
-        yield Batch(x.to(device_of(flow)), c)
+def batches_of(
+    flow: Flow, images: Tensor, context: Tensor | None, seed: int
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Always the same ones, numbered from 0, on the flow's device; within :func:`measuring`.
+
+    Each finds the random generators as ``seed`` and its number want them.
+    """
+    for number, (x, c) in enumerate(split(images, context, BATCH)):
+        torch.manual_seed(derive_seed(seed, "evaluate", number))
+        yield number, x.to(device_of(flow)), c
 
 
 @contextmanager
-def measuring(flow: Flow, images: Tensor, seed: int) -> Iterator[None]:
+def measuring(flow: Flow, images: Tensor) -> Iterator[None]:
     """Evaluation mode, no gradients, own random numbers; everything put back at the end."""
     if not len(images):
         raise ValueError("images must be at least one; got none")
     training = flow.training
     flow.eval()
     try:
-        with torch.no_grad(), seeded(device_of(flow), seed, "evaluate"):
+        with torch.no_grad(), seeded(device_of(flow), "evaluate"):
             yield
     finally:
         flow.train(training)

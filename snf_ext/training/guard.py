@@ -131,7 +131,7 @@ class DivergenceGuard:
         self.steps += 1
         self._seen = {}
         handles = []
-        if self._due:
+        if self.due(self.steps):
             for name, module in self.flow.named_modules():
                 if isinstance(module, Learned):
                     handles.append(module.register_forward_hook(partial(self._see, name)))
@@ -141,9 +141,9 @@ class DivergenceGuard:
             for handle in handles:
                 handle.remove()
 
-    @property
-    def _due(self) -> bool:
-        return self.every > 0 and (self.steps == 1 or self.steps % self.every == 0)
+    def due(self, step: int) -> bool:
+        """Whether step 1, 2, ... is one at which more than the loss is looked at."""
+        return self.every > 0 and (step == 1 or step % self.every == 0)
 
     @torch.no_grad()
     def _see(self, name: str, layer: Learned, args: tuple[Any, ...], step: FlowStep) -> None:
@@ -174,14 +174,15 @@ class DivergenceGuard:
             Diverged: it must not go on; cause, layer, limit and what to change are in the message.
         """
         seen, self._seen = self._seen, {}
-        if self._due or not isinstance(loss, Tensor) or loss.device.type == "cpu":
+        due = self.due(self.steps)
+        if due or not isinstance(loss, Tensor) or loss.device.type == "cpu":
             value = loss.item() if isinstance(loss, Tensor) else loss
             self._check_loss(value, x, context)
-        if self._due:
+        if due:
             self._check_reconstruction(seen)
-        if self._due or (grad_norm is not None and grad_norm.device.type == "cpu"):
+        if due or (grad_norm is not None and grad_norm.device.type == "cpu"):
             self._check_gradients(grad_norm)
-        if self._due and self.check_inverse:
+        if due and self.check_inverse:
             self._check_norms(seen)
 
     def _check_loss(self, loss: float, x: Tensor, context: Tensor | None) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from itertools import islice
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..constraint import controllers
@@ -26,13 +29,16 @@ from .context import context_of
 from .data import Dataset
 from .errors import Diverged, UserError, require
 from .evaluate import bits_per_dim, device_of, negative_log_likelihood, reconstruction_error
+from .graph import can_be_graphed, graphed_step
 from .guard import ADVICE, DivergenceGuard
 from .monitor import GradientMonitor
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, restore, set_lr, state_of
 from .progress import Progress
 from .rollback import roll_back
 from .seeds import derive_seed, seeded
 from .signals import StopRequest
+from .step import Gradients, OwnShare
+from .world import ALONE, World
 
 # Validation images for the figures that describe training and do not choose the best epoch.
 MONITORED = 500
@@ -47,6 +53,11 @@ class Trainer:
     before it, and on nothing else: a run that was killed and resumed has on the CPU the same bits
     as one that was not. What :class:`DivergenceGuard` finds ends training, or rolls it back
     (:func:`roll_back`; ``rollbacks`` has the rows).
+
+    Where several processes train together each has its own trainer, all take the same steps and
+    come to the same decisions, and the first one writes. On a GPU steps are replayed as CUDA graphs
+    where that is possible (:mod:`.graph`), but for those that are monitored or checked; there a
+    loss that is not finite is found at the next check.
 
     A row of the history has
 
@@ -71,6 +82,10 @@ class Trainer:
         config: settings.
         folder: an existing folder for the files.
         progress: show it on stderr.
+        world: the processes that train together; ``config.batch_size`` counts images of all.
+
+    Raises:
+        UserError: the flow cannot be trained so; see :class:`Gradients`.
     """
 
     def __init__(
@@ -81,10 +96,11 @@ class Trainer:
         config: Config,
         folder: Path,
         progress: bool = True,
+        world: World = ALONE,
     ) -> None:
         self.flow, self.model, self.data, self.config = flow, model, data, config
         flow.reversible = Reversible() if config.reversible else None
-        self.folder = Path(folder)
+        self.folder, self.world = Path(folder), world
         self.device = device_of(flow)
         self.val, self.val_context = data.val.to(self.device), context_of(flow, data.val_labels)
         self.batches = Batches(
@@ -94,8 +110,14 @@ class Trainer:
             config.shuffle,
             context_of(flow, data.train_labels),
         )
-        self.optimizer = OPTIMIZERS[config.optimizer](flow.parameters(), config.lr)
-        self.progress = progress
+        self.gradients = Gradients(flow, config, world)
+        graph = can_be_graphed(config, world, self.device) and self.batches.resident
+        lr = torch.tensor(config.lr, device=self.device) if graph else config.lr
+        self.optimizer = OPTIMIZERS[config.optimizer](flow.parameters(), lr, graph)
+        self.graphed = None
+        if graph:
+            self.graphed = graphed_step(flow, self.optimizer, self.batches, config)
+        self.progress = progress and world.first
         self.monitor: GradientMonitor | None = None
         if config.monitor_every:
             self.monitor = GradientMonitor(flow, config.monitor_every)
@@ -117,7 +139,9 @@ class Trainer:
         """Initialise by the data, measure the untrained flow, write the first checkpoint."""
         self._initialize()
         context = context_of(self.flow, self.data.test_labels)
-        nll = negative_log_likelihood(self.flow, self.data.test, self.config.seed, context)
+        nll = negative_log_likelihood(
+            self.flow, self.data.test, self.config.seed, context, self.world
+        )
         self.start = {"test_nll": nll.mean().item()}
         self._finish_epoch({"epoch": 0, "step": 0, "lr": 0.0, "train_loss": None, "seconds": 0.0})
 
@@ -135,7 +159,7 @@ class Trainer:
         contexts = [batch.context for batch in shown if batch.context is not None] or None
         self.flow.train()
         with seeded(self.device, self.config.seed, "actnorm"):
-            initialize(self.flow, images, contexts)
+            initialize(OwnShare(self.flow, self.world), images, contexts)
 
     def resume(self, content: dict[str, Any], path: Path) -> None:
         """Go on from ``content``, read from ``path`` with ``checkpoint.load(path, resume=True)``.
@@ -145,7 +169,7 @@ class Trainer:
         """
         checkpoint.load_weights(self.flow, content, path)
         try:
-            self.optimizer.load_state_dict(content["optimizer"])
+            restore(self.optimizer, content["optimizer"])
         except (KeyError, ValueError) as error:
             raise UserError(f"{path} must fit the optimizer; {error}") from error
         self.history, self.best = content["history"], content["best"]
@@ -155,7 +179,8 @@ class Trainer:
         if self.rollbacks:
             self.flow.recon_weight = self.rollbacks[-1]["recon_weight"]
         self.angles = AngleLog(self.folder / "angles.csv", done=self.history[-1]["step"])
-        checkpoint.write_json(self.folder / "history.json", self.history)
+        if self.world.first:
+            checkpoint.write_json(self.folder / "history.json", self.history)
 
     def fit(self) -> bool:
         """Train up to ``config.epochs``; False if SIGINT or SIGTERM ended it before.
@@ -174,20 +199,30 @@ class Trainer:
                 raise self._failure
             if self._failure:
                 path, failure, self._failure = self.folder / "last.pt", self._failure, None
-                self.resume(roll_back(path, failure, self.flow.recon_weight), path)
+                back = partial(roll_back, path, failure, self.flow.recon_weight)
+                self.resume(self.world.from_first(back), path)
         return self._stop.number is None
 
     def _run(self) -> None:
         """Train on, to the last epoch, a signal, or a failure."""
         engine = self._engine()
         with ExitStack() as writers:
-            self._open_tensorboard(writers)
+            if self.world.first:
+                self._open_tensorboard(writers)
             with (
                 self._stop,
                 seeded(self.device, self.config.seed, "fit"),
                 Progress(engine, self.progress),
             ):
-                engine.run(self.batches.stream(self.epoch + 1), max_epochs=self.config.epochs)
+                engine.run(self._stream(self.epoch + 1), max_epochs=self.config.epochs)
+
+    def _stream(self, first: int) -> Iterator[Batch | Tensor]:
+        """The batches of epoch ``first`` and of all that follow, or the places of their images."""
+        for number in count(first):
+            if self.batches.resident:
+                yield from self.batches.order(number).split(self.config.batch_size)
+            else:
+                yield from self.batches.epoch(number)
 
     @property
     def stopped_by(self) -> int | None:
@@ -226,6 +261,8 @@ class Trainer:
             self._step_scalars = scalars(folder / "steps", self.history[-1]["step"] + 1).writer
 
     def _log(self, row: dict[str, Any]) -> None:
+        if not self.world.first:
+            return
         for name, value in row.items():
             if name not in ("epoch", "step") and value is not None:
                 self._scalars.add_scalar(name, value, row["epoch"])
@@ -233,43 +270,52 @@ class Trainer:
     def _start_epoch(self, engine: Any) -> None:
         torch.manual_seed(derive_seed(self.config.seed, "epoch", engine.state.epoch))
         self.flow.train()
-        self._loss_sum = 0.0
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._clock = time.perf_counter()
 
-    def _step(self, engine: Any, batch: Batch) -> float:
+    def _step(self, engine: Any, item: Batch | Tensor) -> float | Tensor:
+        step = engine.state.iteration
+        set_lr(self.optimizer, self.config.lr_at(step, len(self.batches)))
+        looked_at = self.guard.due(step) or (self.monitor is not None and self.monitor.due(step))
+        if self.graphed is not None and isinstance(item, Tensor) and not looked_at:
+            loss = self.graphed(item)
+            self._loss_sum += loss * len(item)
+            return loss
+        batch = item if isinstance(item, Batch) else self.batches.take(item)
+        value = self._eager_step(engine, batch)
+        self._loss_sum += value * len(batch.images)
+        return value
+
+    def _eager_step(self, engine: Any, batch: Batch) -> float:
         state = engine.state
-        lr = self.config.lr_at(state.iteration, len(self.batches))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.steps = state.iteration - 1
-        with self._monitored(state.iteration), self.guard.step():
-            loss = self.flow.loss(
-                *batch,
-                log_det_penalty=self.config.log_det_penalty,
-                bits_per_dim=self.config.objective == "bits",
-            )
-            value = loss.item()
-            try:
-                if math.isfinite(value):
-                    loss.backward()
-            except NotReversible as error:
-                cause = f"the input of {error.layer} was rebuilt with a relative error of "
-                where = ADVICE["rebuilt"], state.epoch, state.iteration
-                self._failure = self._diverged(f"{cause}{error.error:.2g}", *where)
-                return value
+        try:
+            with self._monitored(state.iteration), self.guard.step():
+                value = self.gradients(batch)
+        except NotReversible as error:
+            if self.world.size > 1:  # the others wait
+                raise
+            cause = f"the input of {error.layer} was rebuilt with a relative error of "
+            where = ADVICE["rebuilt"], state.epoch, state.iteration
+            self._failure = self._diverged(f"{cause}{error.error:.2g}", *where)
+            return math.nan
         clip, norm = self.config.clip_norm, None
         if clip is not None:  # apart from clipping, which would hide where NaN is
             norm = get_total_norm([p.grad for p in self.flow.parameters() if p.grad is not None])
+        found = None
         try:
             self.guard.check(value, *batch, grad_norm=norm)
-        except Diverged as found:  # raised after the engine ended, which would log it again
+        except Diverged as error:
+            found = error
+        if self.guard.due(state.iteration) or found is not None:
+            found = self.world.first_of(found)
+        if found is not None:  # raised after the engine ended, which would log it again
             self._failure = self._diverged(found.cause, found.advice, state.epoch, found.step)
             return value
         if clip is not None and norm is not None:
             clip_grads_with_norm_(self.flow.parameters(), clip, norm)
         self.optimizer.step()
-        self._loss_sum += value * len(batch.images)
         return value
 
     @contextmanager
@@ -282,12 +328,14 @@ class Trainer:
         with self.monitor.step() as due:
             yield
         angles = self.monitor.angles
-        if due and angles:
+        if due and angles and self.world.first:
             self.angles.add(step, angles)
             for name, value in {"mean": mean_angle(angles), **angles}.items():
                 self._step_scalars.add_scalar(f"step_angle/{name}", value, step)
 
     def _after_step(self, engine: Any) -> None:
+        if self.world.any(self._stop.number is not None) and self._stop.number is None:
+            self._stop.number = signal.SIGTERM  # another process was told to stop
         if self._failure or self._stop.number is not None:
             engine.terminate()
 
@@ -297,8 +345,8 @@ class Trainer:
         row = {
             "epoch": state.epoch,
             "step": state.iteration,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "train_loss": self._loss_sum / len(self.batches.images),
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "train_loss": self._loss_sum.item() / len(self.batches.images),
             "seconds": seconds,
         }
         try:
@@ -322,6 +370,13 @@ class Trainer:
         """Measure, complete the row, and write the files."""
         self._measure(row)
         self.history.append(row)
+        better = not self.best or row["val_nll"] < self.best["val_nll"]
+        if better:
+            self.best = {"epoch": row["epoch"], "val_nll": row["val_nll"]}
+        if self.world.first:
+            self._write(row, better)
+
+    def _write(self, row: dict[str, Any], better: bool) -> None:
         common = {
             "model": self.model,
             "state": self.flow.state_dict(),
@@ -329,13 +384,12 @@ class Trainer:
             "val_nll": row["val_nll"],
             "config": self.config.to_dict(),
         }
-        if not self.best or row["val_nll"] < self.best["val_nll"]:
-            self.best = {"epoch": row["epoch"], "val_nll": row["val_nll"]}
+        if better:
             checkpoint.save(self.folder / "best.pt", common)
         self.angles.write()
         # Last, so that a run cut off before it does this epoch again and finds the same.
         resumable = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": state_of(self.optimizer),
             "history": self.history,
             "best": self.best,
             "start": self.start,
@@ -352,7 +406,7 @@ class Trainer:
                 raise self._diverged(f"the parameter {name} is not finite", *where)
         seed, monitored = self.config.seed, self.val[:MONITORED]
         context = None if self.val_context is None else self.val_context[:MONITORED]
-        nll = negative_log_likelihood(self.flow, self.val, seed, self.val_context)
+        nll = negative_log_likelihood(self.flow, self.val, seed, self.val_context, self.world)
         row["val_nll"] = nll.mean().item()
         row["val_bits_per_dim"] = bits_per_dim(row["val_nll"], self.flow.event_shape)
         if not math.isfinite(row["val_nll"]):

@@ -80,6 +80,10 @@ class GradientMonitor:
         self.last_step: int | None = None
         self.angles: dict[str, float] = {}
 
+    def due(self, step: int) -> bool:
+        """Whether step 1, 2, ... is measured."""
+        return step % self.every == 0
+
     @contextmanager
     def step(self) -> Iterator[bool]:
         """Surround loss and backward of one step, or several of each; whether it is measured.
@@ -87,7 +91,7 @@ class GradientMonitor:
         An exception in the block goes through, and nothing is measured.
         """
         self.steps += 1
-        if self.steps % self.every:
+        if not self.due(self.steps):
             yield False
             return
         watches = {name: _Watch(layer) for name, layer in measured(self.flow).items()}

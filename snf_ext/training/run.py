@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ from .errors import UserError, require
 from .evaluate import Evaluation, device_of, evaluate
 from .loop import MONITORED, Trainer
 from .seeds import seeded
+from .world import ALONE, World
 
 EXTRAS = ("ignite", "tqdm", "tensorboard", "matplotlib")
 PICTURED = 64
@@ -72,8 +74,11 @@ def _unused(parent: Path, name: str) -> Path:
     return folder
 
 
-def open_folder(path: Path | None) -> tuple[Path, dict[str, Any]]:
+def open_folder(path: Path | None) -> tuple[Path, dict[str, Any] | None]:
     """The folder of a run that goes on, and its last checkpoint.
+
+    A run that was killed before it wrote one begins again: of the checkpoint there is only
+    ``config`` then, and ``epoch`` 0; or nothing, where the folder is still empty.
 
     Raises:
         UserError: no folder was named, or its checkpoint cannot be used.
@@ -81,12 +86,26 @@ def open_folder(path: Path | None) -> tuple[Path, dict[str, Any]]:
     """
     if path is None:
         raise UserError("--resume needs --run-dir: the folder of the run to go on with")
-    if not (path / "last.pt").is_file():
+    if (path / "last.pt").is_file():
+        content: dict[str, Any] | None = checkpoint.load(path / "last.pt", resume=True)
+    elif (path / "config.json").is_file() and not (path / "history.json").exists():
+        try:
+            settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path / 'config.json'} must be JSON; {error}") from error
+        content = {"config": settings, "epoch": 0}
+    elif path.is_dir() and all(_is_left_over(entry) for entry in path.iterdir()):
+        content = None
+    else:
         raise FileNotFoundError(f"{path / 'last.pt'} does not exist; there is nothing to resume")
-    content = checkpoint.load(path / "last.pt", resume=True)
     for part in path.glob(".*.part"):  # what SIGKILL in mid-write leaves
         part.unlink()
     return path, content
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a new run that was killed left this before it wrote anything."""
+    return path.name == "probe" or (path.name.startswith(".") and path.suffix == ".part")
 
 
 def train(
@@ -98,6 +117,7 @@ def train(
     resume: dict[str, Any] | None = None,
     device: torch.device | None = None,
     progress: bool = True,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Train, then measure the best epoch on the test images and draw pictures.
 
@@ -107,9 +127,10 @@ def train(
         model: what ``build`` makes the flow from; stored in the checkpoints.
         build: makes a flow.
         folder: from :func:`new_folder` or :func:`open_folder`.
-        resume: the checkpoint to go on from, None for a new run.
+        resume: from :func:`open_folder`, None for a new run.
         device: where to train; the CPU if None.
         progress: show it on stderr.
+        world: the processes that train together; each calls this, and gets the same.
 
     Returns:
         What ``result.json`` holds: the best epoch, exact test NLL before and after (nats and
@@ -124,11 +145,13 @@ def train(
         flow = build(model).to(device)
     if config.controller is None:
         flow.recon_weight = config.recon_weight
-    if (config.angle_every or config.monitor_every) and (note := left_out(flow)):
+    angles = world.first and (config.angle_every or config.monitor_every)
+    if angles and (note := left_out(flow)):
         print(note, file=sys.stderr)
-    trainer = Trainer(flow, model, data, config, folder, progress)
-    if resume is None:
-        checkpoint.write_json(folder / "config.json", config.to_dict())
+    trainer = Trainer(flow, model, data, config, folder, progress, world)
+    if resume is None or "state" not in resume:
+        if world.first:
+            checkpoint.write_json(folder / "config.json", config.to_dict())
         trainer.begin()
     else:
         trainer.resume(resume, folder / "last.pt")
@@ -145,9 +168,10 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     """Measure and draw the best epoch; writes ``result.json`` and the pictures."""
     flow, data, folder = trainer.flow, trainer.data, trainer.folder
     seed, best = trainer.config.seed, folder / "best.pt"
-    checkpoint.load_weights(flow, checkpoint.load(best), best)
+    world = trainer.world
+    checkpoint.load_weights(flow, world.from_first(lambda: checkpoint.load(best)), best)
     context = context_of(flow, data.test_labels)
-    test, angles = measure(flow, data.test, seed, context)
+    test, angles = measure(flow, data.test, seed, context, world)
     result = {
         "epochs": trainer.epoch,
         "best_epoch": trainer.best["epoch"],
@@ -160,7 +184,16 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         "seconds": trainer.history[-1]["seconds"],
         "rollbacks": trainer.rollbacks,
     }
-    checkpoint.write_json(folder / "result.json", result)
+    if world.first:
+        checkpoint.write_json(folder / "result.json", result)
+        draw(trainer)
+    return result
+
+
+def draw(trainer: Trainer) -> None:
+    """The pictures of the flow as it is: curves, samples, reconstructions."""
+    flow, data, folder = trainer.flow, trainer.data, trainer.folder
+    seed, context = trainer.config.seed, context_of(flow, data.test_labels)
     title = f"{trainer.config.model} on {data.name}"
     pictures.save_curves(folder / "curves.png", trainer.history, title)
     rows = flow.context_features or 1  # one a class, all of the same length
@@ -174,15 +207,14 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         seed,
         None if context is None else context[:PICTURED],
     )
-    return result
 
 
 def measure(
-    flow: Flow, images: Tensor, seed: int, context: Tensor | None = None
+    flow: Flow, images: Tensor, seed: int, context: Tensor | None = None, world: World = ALONE
 ) -> tuple[Evaluation, dict[str, float]]:
     """Likelihood and reconstruction on ``images``, and each layer's gradient angle on the first."""
     device = device_of(flow)
-    result = evaluate(flow, images, seed, context)
+    result = evaluate(flow, images, seed, context, world)
     first = None if context is None else context[:MONITORED]
     with seeded(device, seed, "angle"):
         return result, gradient_angle(flow, images[:MONITORED].to(device), first)
