@@ -201,6 +201,7 @@ def test_nightly_job(linear, conv_fails, status, tmp_path):
     )
     assert done.returncode == status, done.stdout + done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0] == "-m pytest -q -m nightly"
     timed = [c.split()[2] for c in calls if "bench.compare" in c]
     assert timed == ["linear", "conv", "models", "spline", "sampling", "figure4"]
     guarded = [c.split()[2:] for c in calls if "bench.guard" in c]

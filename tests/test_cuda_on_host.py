@@ -162,8 +162,13 @@ def test_kernels_with_other_numbers(name, tmp_path):
 SHORT = {"test_rq_spline": ("--few",)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["address", "thread"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param("address", marks=pytest.mark.slow),
+        pytest.param("thread", marks=pytest.mark.nightly),
+    ],
+)
 def test_kernels_under_sanitizers(variant, tmp_path):
     objects = kernels(variant)  # once, before the programs are built side by side
     with ThreadPoolExecutor() as pool:
@@ -291,7 +296,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_faults_are_found(fault, tmp_path):
     csrc = tmp_path / "csrc"
