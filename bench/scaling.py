@@ -1,0 +1,417 @@
+"""A model of data-parallel training of the papers' models: ``python -m bench.scaling``.
+
+Bytes all-reduced per step against the time to compute it, for N ranks of one GPU each and several
+links: how far more GPUs pay. No measurement; what it is made of says of each number where it comes
+from. Counting the models takes a minute; ``--tables FILE.json`` prints those of a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import snf_ext
+
+from . import dispatches, report
+from .cases import ModelCase
+
+__all__ = ["CASES", "LINKS", "Facts", "Link", "all_reduce_seconds", "rows", "step_seconds"]
+
+RANKS = (1, 2, 4, 8, 16, 64)
+FLOAT = 4  # bytes
+MEASURED = Path(__file__).parent / "results" / "models-cuda.json"
+
+CASES: dict[str, ModelCase] = {
+    "FC 2L": ModelCase("fc 2 layers 1x28x28", (1, 28, 28), 2),
+    "conv 9L": ModelCase("conv 9 layers 1x28x28", (1, 28, 28), 9, model="conv", blocks=3),
+    "Glow 2L-16K, MNIST": ModelCase("", (1, 28, 28), 32, model="glow", blocks=2, hidden=512),
+    "Glow 3L-32K, CIFAR-10": ModelCase("", (3, 32, 32), 96, model="glow", blocks=3, hidden=512),
+    "Glow 3L-48K, ImageNet": ModelCase("", (3, 32, 32), 144, model="glow", blocks=3, hidden=512),
+}
+
+# Of the rate of large float32 products that a step of Glow is taken to compute at. Assumed.
+GLOW_SHARE = 0.5
+# Of its nominal bandwidth that a link reaches: 376 and 380 of 450 GB/s were seen on NVLink.
+REACHED = 0.8
+# DistributedDataParallel's default sizes: gradients go in buckets, the first one smaller.
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
+# Six products of a layer are two forward and four backward; three of a coupling, one and two.
+BACKWARD = 2 / 3
+STEP_NUMBERS = 3  # of each step that all ranks must know, in one all-reduce
+
+
+@dataclass(frozen=True)
+class Link:
+    """The narrowest link between ranks, with NCCL's latencies of it.
+
+    ``bandwidth`` is nominal, bytes/s in one direction. Seconds a hop: by ring in ``small`` packets
+    (LL) and in ``large`` ones (Simple), by ``tree`` in small ones; None within a node, where NCCL's
+    tree is a chain. It joins up to ``most`` ranks.
+    """
+
+    name: str
+    bandwidth: float
+    small: float
+    large: float
+    tree: float | None = None
+    most: int = 64
+
+
+NETWORK = {"small": 2.7e-6, "large": 9.6e-6, "tree": 5.0e-6}
+LINKS = (
+    Link("NVLink", 450e9, small=0.47e-6, large=3.4e-6, most=8),
+    Link("PCIe 5.0 x16", 64e9, small=1.0e-6, large=5.7e-6, most=8),
+    Link("400 Gb/s", 400e9 / 8, **NETWORK),
+    Link("100 Gb/s", 100e9 / 8, **NETWORK),
+)
+# Seconds before the first hop: the same three.
+BASE_SMALL, BASE_LARGE, BASE_TREE = 3.6e-6, 8.4e-6, 4.4e-6
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is counted of a model, and the two parts of its step's time on one GPU.
+
+    ``tracked`` and ``penalty`` are the parameters that get gradients, by how inverses are kept;
+    ``learned`` the layers with an inverse; ``operations`` those of one image's training step;
+    ``dispatches`` its operators. A step of b images takes ``fixed_s + b * image_s``.
+    """
+
+    model: str
+    batch: int
+    tracked: int
+    penalty: int
+    learned: int
+    operations: float
+    dispatches: int
+    fixed_s: float
+    image_s: float
+    measured: bool
+
+    def compute_s(self, batch: int) -> float:
+        return self.fixed_s + batch * self.image_s
+
+
+def all_reduce_seconds(size: float, ranks: int, link: Link) -> float:
+    """Of ``size`` bytes: the fastest of NCCL's ring with large or small packets and its tree.
+
+    A ring takes 2 (N - 1) hops and sends 2 (N - 1) / N of the bytes; small packets carry flags and
+    reach a quarter of the bandwidth. A tree takes 2 log2 N hops, sends all twice, and reaches
+    0.9 / 3.8 of it.
+
+    >>> all_reduce_seconds(100, 1, LINKS[0])
+    0.0
+    """
+    if ranks == 1:
+        return 0.0
+    around, bandwidth = 2 * (ranks - 1), REACHED * link.bandwidth
+    sent = around / ranks * size
+    ways = [
+        BASE_SMALL + around * link.small + sent / (bandwidth / 4),
+        BASE_LARGE + around * link.large + sent / bandwidth,
+    ]
+    if link.tree is not None:
+        up = 2 * math.log2(ranks)
+        ways.append(BASE_TREE + up * link.tree + 2 * size / (0.9 / 3.8 * bandwidth))
+    return min(ways)
+
+
+def buckets(size: int) -> list[float]:
+    """Bytes of each of the all-reduces that the gradients go in, taken as filled to the brim.
+
+    >>> [round(part / 2**20, 1) for part in buckets(60 * 2**20)]
+    [1.0, 25.0, 25.0, 9.0]
+    """
+    parts: list[float] = [min(size, FIRST_BUCKET)]
+    while sum(parts) < size:
+        parts.append(min(size - sum(parts), BUCKET))
+    return parts
+
+
+def gradient_seconds(size: int, ranks: int, link: Link, compute: float, overlap: bool) -> float:
+    """How long a step waits for gradients.
+
+    Overlapped, they go while backward still runs, but for the last bucket, which is full only when
+    it ends.
+    """
+    parts = [all_reduce_seconds(part, ranks, link) for part in buckets(size)]
+    if not overlap:
+        return sum(parts)
+    return max(sum(parts) - BACKWARD * compute, parts[-1])
+
+
+def controller_seconds(facts: Facts, ranks: int, link: Link) -> float:
+    """Of an all-reduce of two numbers in each learned layer, which the layer waits for."""
+    return facts.learned * all_reduce_seconds(2 * FLOAT, ranks, link)
+
+
+def step_seconds(
+    facts: Facts, ranks: int, link: Link, *, weak: bool, overlap: bool, inverse: str = "tracked"
+) -> float:
+    """Of a step with tracked inverses or, with ``"penalty"``, with the penalty and controllers.
+
+    ``weak``: each rank has the paper's batch; else the batch is split, the fullest rank counts.
+    """
+    compute = facts.compute_s(facts.batch if weak else math.ceil(facts.batch / ranks))
+    size = FLOAT * (facts.tracked if inverse == "tracked" else facts.penalty)
+    seconds = compute + gradient_seconds(size, ranks, link, compute, overlap)
+    if inverse == "penalty":
+        seconds += controller_seconds(facts, ranks, link)
+    return seconds + all_reduce_seconds(STEP_NUMBERS * FLOAT, ranks, link)
+
+
+def rows(models: Sequence[Facts]) -> Iterator[dict[str, Any]]:
+    """Seconds and efficiency of every model, way to keep inverses, link and number of ranks.
+
+    Efficiency: of fixed batches a rank T(1) / T(N), of a split batch T(1) / (N T(N)).
+    """
+    for facts in models:
+        for inverse in ("tracked", "penalty"):
+            for link in LINKS:
+                for ranks in (n for n in RANKS if n <= link.most):
+                    for weak in (False, True):
+                        how: dict[str, Any] = {"weak": weak, "inverse": inverse}
+                        alone = step_seconds(facts, 1, link, overlap=False, **how)
+                        row = {"model": facts.model, "link": link.name, "ranks": ranks, **how}
+                        for overlap in (False, True):
+                            seconds = step_seconds(facts, ranks, link, overlap=overlap, **how)
+                            key = "overlapped" if overlap else "in_turn"
+                            row[f"{key}_s"] = seconds
+                            row[f"{key}_efficiency"] = alone / seconds / (1 if weak else ranks)
+                        yield row
+
+
+def build(case: ModelCase, inverse: str, steps: int | None = None, side: int | None = None) -> Any:
+    """The model of a case; Glow perhaps with other steps, on images of another side."""
+    channels, height, width = case.event_shape
+    shape = (channels, side or height, side or width)
+    if case.model == "fc":
+        return snf_ext.models.fc(shape, case.layers, inverse=inverse)
+    if case.model == "conv":
+        return snf_ext.models.conv(shape, case.layers, case.blocks, inverse=inverse)
+    return snf_ext.models.glow(
+        shape, case.blocks, steps or case.steps, case.hidden, inverse=inverse
+    )
+
+
+def trained_parameters(flow: torch.nn.Module) -> int:
+    """How many numbers get a gradient, which is what is all-reduced."""
+    return sum(p.numel() for p in flow.parameters() if p.requires_grad)
+
+
+def learned_layers(flow: torch.nn.Module) -> int:
+    kinds = (snf_ext.SelfNormLinear, snf_ext.SelfNormConv2d)
+    return sum(isinstance(module, kinds) for module in flow.modules())
+
+
+def count_step(flow: Any) -> int:
+    """Operators that a training step of a flow dispatches, fused Adam included."""
+    x = torch.randint(256, (2, *flow.event_shape)).float()
+    snf_ext.layers.initialize(flow.train(), [x])
+    optimizer = torch.optim.Adam(flow.parameters(), fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        flow.loss(x).backward()
+        optimizer.step()
+
+    return dispatches.count(step).total()
+
+
+def count_dispatches(case: ModelCase) -> int:
+    """With the penalty; of Glow by those with 1 and 2 steps a level, on small images."""
+    if case.model != "glow":
+        return count_step(build(case, "penalty"))
+    side = 2 ** (case.blocks + 1)  # pixels at the last level too
+    one, two = (count_step(build(case, "penalty", steps, side)) for steps in (1, 2))
+    return one + (case.steps - 1) * (two - one)
+
+
+def measured_steps(result: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of the native step with fused Adam in one CUDA graph, by case."""
+    return {
+        row["case"]: row["median_s"]
+        for row in result["rows"]
+        if row["variant"] == "native, fused Adam, graph"
+    }
+
+
+def collect(result: Mapping[str, Any]) -> list[Facts]:
+    """Count the models, and take their steps' times apart with what an H200 did.
+
+    Of a measured step, what its operations do not take at the rate of large products counts as
+    fixed: the most that it can be, so that split batches look no better than they are. For the
+    others an operator costs as much beyond its operations as the two measured models' on average.
+    """
+    rate, steps = result["rates"]["float32_per_s"], measured_steps(result)
+    found: list[Facts] = []
+    overheads: list[float] = []
+    for name, case in CASES.items():
+        learned = build(case, "penalty")
+        operations, count = case.flops / case.batch, count_dispatches(case)
+        measured = case.name in steps
+        if measured:
+            image = operations / rate
+            fixed = steps[case.name] - case.batch * image
+            overheads.append(fixed / count)
+        else:
+            image = operations / (GLOW_SHARE * rate)
+            fixed = count * sum(overheads) / len(overheads)
+        found.append(
+            Facts(
+                model=name,
+                batch=case.batch,
+                tracked=trained_parameters(build(case, "tracked")),
+                penalty=trained_parameters(learned),
+                learned=learned_layers(learned),
+                operations=operations,
+                dispatches=count,
+                fixed_s=fixed,
+                image_s=image,
+                measured=measured,
+            )
+        )
+    return found
+
+
+def facts_of(result: Mapping[str, Any]) -> list[Facts]:
+    return [Facts(**facts) for facts in result["models"]]
+
+
+def facts_table(result: Mapping[str, Any]) -> str:
+    """What is counted, and a step of the paper's batch on one GPU."""
+    lines = [
+        "| model | parameters, tracked | with penalty | MB a step, tracked | with penalty | "
+        "Gflop an image | step, ms | of which fixed | |",
+        "|---" * 9 + "|",
+    ]
+    for f in facts_of(result):
+        cells = [f.model, f"{f.tracked:,}", f"{f.penalty:,}"]
+        cells += [f"{FLOAT * n / 1e6:.3g}" for n in (f.tracked, f.penalty)]
+        cells += [f"{f.operations / 1e9:.3g}", f"{1e3 * f.compute_s(f.batch):.3g}"]
+        cells += [f"{1e3 * f.fixed_s:.3g}", "measured" if f.measured else "modelled"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def efficiency_table(result: Mapping[str, Any], weak: bool) -> str:
+    """Efficiency in turn / overlapped, with tracked inverses; by model, link and N."""
+    at = {
+        (r["model"], r["link"], r["ranks"]): r
+        for r in result["rows"]
+        if r["weak"] == weak and r["inverse"] == "tracked"
+    }
+    shown = RANKS[1:]
+    lines = ["| model | link | " + " | ".join(f"N = {n}" for n in shown) + " |"]
+    lines.append("|---" * (len(shown) + 2) + "|")
+    for facts in facts_of(result):
+        for link in LINKS:
+            cells = [facts.model, link.name]
+            for n in shown:
+                r = at.get((facts.model, link.name, n))
+                cells.append(
+                    ""
+                    if r is None
+                    else " / ".join(_two(r[f"{k}_efficiency"]) for k in ("in_turn", "overlapped"))
+                )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _two(share: float) -> str:
+    return f"{share:.2f}" if share >= 0.1 else f"{share:.1g}"
+
+
+def speed_table(result: Mapping[str, Any]) -> str:
+    """The most that a split batch gains: how many times faster, and at which N."""
+    lines = ["| model | " + " | ".join(link.name for link in LINKS) + " |"]
+    lines.append("|---" * (len(LINKS) + 1) + "|")
+    for facts in facts_of(result):
+        cells = [facts.model]
+        for link in LINKS:
+            chosen = [
+                (r["ranks"] * r["overlapped_efficiency"], -r["ranks"])
+                for r in result["rows"]
+                if (r["model"], r["link"]) == (facts.model, link.name)
+                and r["inverse"] == "tracked"
+                and not r["weak"]
+            ]
+            gain, ranks = max(chosen)
+            cells.append("none" if ranks == -1 else f"{gain:.1f} at N = {-ranks}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def controllers_table(result: Mapping[str, Any]) -> str:
+    """Milliseconds a step that controllers add, by link and N."""
+    shown = [(link, n) for link in LINKS for n in (8, 64) if n <= link.most]
+    lines = ["| model | layers | " + " | ".join(f"{a.name}, N = {n}" for a, n in shown) + " |"]
+    lines.append("|---" * (len(shown) + 2) + "|")
+    for facts in facts_of(result):
+        cells = [facts.model, str(facts.learned)]
+        cells += [f"{1e3 * controller_seconds(facts, n, link):.2g}" for link, n in shown]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables(result: Mapping[str, Any]) -> list[str]:
+    return [
+        facts_table(result),
+        efficiency_table(result, weak=True),
+        efficiency_table(result, weak=False),
+        speed_table(result),
+        controllers_table(result),
+    ]
+
+
+def make(command: str) -> dict[str, Any]:
+    """The whole result."""
+    source = json.loads(MEASURED.read_text(encoding="utf-8"))
+    models = collect(source)
+    return {
+        "suite": "scaling-model",
+        "environment": report.environment(command),
+        "measured": {
+            "file": MEASURED.name,
+            "gpu": source["environment"]["gpu"],
+            "float32_per_s": source["rates"]["float32_per_s"],
+            "steps_s": measured_steps(source),
+        },
+        "assumed": {
+            "glow_share": GLOW_SHARE,
+            "reached": REACHED,
+            "buckets": [FIRST_BUCKET, BUCKET],
+            "backward": BACKWARD,
+            "bases_s": [BASE_SMALL, BASE_LARGE, BASE_TREE],
+            "links": [asdict(link) for link in LINKS],
+        },
+        "models": [asdict(facts) for facts in models],
+        "rows": list(rows(models)),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
+    parser.add_argument("--out", type=Path, help="write the result to this JSON file")
+    parser.add_argument("--tables", type=Path, help="print the tables of this result instead")
+    args = parser.parse_args(arguments)
+    if args.tables:
+        result = json.loads(args.tables.read_text(encoding="utf-8"))
+    else:
+        result = make("python -m bench.scaling")
+        if args.out:
+            report.write_json(args.out, result)
+    print("\n\n".join(tables(result)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
