@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 
 
@@ -85,3 +86,12 @@ def fake_mlflow(server):
     mlflow.start_run, mlflow.end_run = start_run, end_run
     mlflow.log_params, mlflow.log_metrics = log_params, log_metrics
     return mlflow
+
+
+def fake_servers(monkeypatch):
+    """Replace both packages; a server of each by name."""
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    made = {"wandb": Server(), "mlflow": Server()}
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(made["wandb"]))
+    monkeypatch.setitem(sys.modules, "mlflow", fake_mlflow(made["mlflow"]))
+    return made

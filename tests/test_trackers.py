@@ -9,7 +9,7 @@ import types
 import warnings
 
 import pytest
-from fake_trackers import Server, fake_mlflow, fake_wandb
+from fake_trackers import fake_servers
 
 from snf_ext.training.errors import UserError
 from snf_ext.training.trackers import TRACKERS, Trackers, check_trackers
@@ -21,11 +21,7 @@ BOTH = ("wandb", "mlflow")
 @pytest.fixture
 def servers(monkeypatch):
     """Both packages replaced; a server of each by name."""
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    made = {"wandb": Server(), "mlflow": Server()}
-    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(made["wandb"]))
-    monkeypatch.setitem(sys.modules, "mlflow", fake_mlflow(made["mlflow"]))
-    return made
+    return fake_servers(monkeypatch)
 
 
 def row(epoch):
@@ -48,7 +44,8 @@ def run_epochs(folder, names, first, last, steps=False):
     with Trackers(folder, names, SETTINGS, rows(first - 1), steps) as trackers:
         for epoch in range(first, last + 1):
             if steps:
-                trackers.log_step({"step_angle/mean": float(epoch)}, 10 * epoch - 5)
+                values = {"step_angle/mean": float(epoch), "step_angle/none": None}
+                trackers.log_step(values, 10 * epoch - 5)
             trackers.log(row(epoch))
 
 

@@ -207,12 +207,13 @@ class Trackers:
             remote.add(row)
             remote.send()
 
-    def log_step(self, values: Mapping[str, float], step: int) -> None:
-        """Take numbers of a training step; needs ``steps=True``."""
-        for tag, value in values.items():
+    def log_step(self, values: Mapping[str, float | None], step: int) -> None:
+        """Take numbers of a training step, by tag; needs ``steps=True``."""
+        known = {tag: value for tag, value in values.items() if value is not None}
+        for tag, value in known.items():
             self._step_scalars.add_scalar(tag, value, step)
         for remote in self._remotes:
-            remote.pending.append((dict(values), step, None))
+            remote.pending.append((known, step, None))
 
     def _add_scalars(self, row: Row) -> None:
         for name, value in _numbers(row).items():
