@@ -35,6 +35,7 @@ from .training.config import Config, resolve
 from .training.context import context_of
 from .training.errors import Diverged, UserError, require
 from .training.evaluate import bits_per_dim
+from .training.trackers import check_trackers
 from .training.world import World, is_first_process, is_restarted, joined, local_device
 
 
@@ -99,6 +100,7 @@ def _train(options: Train, device: torch.device, world: World) -> None:
     if resume:
         folder, resumed = world.from_first(lambda: run.open_folder(options.run_dir))
     config = _config(options, resumed)
+    check_trackers(config.track)
     if config.conditional:
         _require_context(config.model)
     images = data.load(config.data, options.data_dir, config.conditional)
@@ -259,6 +261,7 @@ def _config(options: Train, resumed: dict[str, Any] | None) -> Config:
     name = given["model"] or (earlier.model if earlier else "fc")
     pairs = options.model_args
     given["model_args"] = keyword_arguments(name, MODELS[name], pairs, DECIDED) or None
+    given["track"] = options.track or None
     given["shuffle"] = None if options.shuffle else False
     given["graph"] = None if options.graph else False
     given |= {name: getattr(options, name) or None for name in SWITCHES}

@@ -14,6 +14,7 @@ from .flow import Flow
 from .training import data
 from .training.config import OBJECTIVES, ON_DIVERGENCE
 from .training.optimizers import OPTIMIZERS
+from .training.trackers import TRACKERS
 
 # One row a model: what builds it from event_shape, pixel_levels, and its own keyword arguments.
 MODELS: dict[str, Callable[..., Flow]] = {
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     ObjectiveName: TypeAlias = str
     OnDivergenceName: TypeAlias = str
     ControllerName: TypeAlias = str
+    TrackerName: TypeAlias = str
 else:  # the choices that the help lists
     ModelName = Literal[tuple(MODELS)]
     DataName = Literal[tuple(data.LOADERS)]
@@ -44,6 +46,7 @@ else:  # the choices that the help lists
     ObjectiveName = Literal[OBJECTIVES]
     OnDivergenceName = Literal[ON_DIVERGENCE]
     ControllerName = Literal[tuple(CONTROLLERS)]
+    TrackerName = Literal[tuple(TRACKERS)]
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,10 @@ class Train:
     on_divergence: OnDivergenceName | None = None
     """What follows: stop, or rollback, to go on from the last good checkpoint with lambda 10 times
     as large, at most 3 times in a row; stop."""
+    track: tuple[TrackerName, ...] = ()
+    """Where the run's numbers go besides TensorBoard: wandb, mlflow, or both. Each is a package of
+    its own, and takes its settings from the environment (WANDB_MODE, MLFLOW_TRACKING_URI, ...);
+    without them MLflow keeps a database in the run's folder."""
     run_dir: Path | None = None
     """Folder for the run's files; runs/MODEL-DATA-TIME if not given."""
     resume: bool = False

@@ -9,6 +9,7 @@ from typing import Any
 from ..constraint import CONTROLLERS, KAPPA
 from .errors import UserError
 from .optimizers import OPTIMIZERS
+from .trackers import TRACKERS
 
 OBJECTIVES = ("nats", "bits")
 ON_DIVERGENCE = ("stop", "rollback")
@@ -55,6 +56,7 @@ class Config:
         graph: whether steps on a GPU are replayed as CUDA graphs where that is possible.
         reversible: whether backward rebuilds activations instead of keeping them; see
             :class:`snf_ext.Reversible`.
+        track: where the numbers go besides TensorBoard, names in the table of trackers.
 
     Raises:
         UserError: a value is out of range.
@@ -86,6 +88,7 @@ class Config:
     accumulate: int = 1
     graph: bool = True
     reversible: bool = False
+    track: tuple[str, ...] = ()
     model_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,6 +121,7 @@ class Config:
         self._require("log_det_penalty", 0 <= penalty < math.inf, "finite, not negative")
         self._require("actnorm_batches", self.actnorm_batches >= 1, "at least 1")
         self._require("accumulate", self.accumulate >= 1, "at least 1")
+        self._require("track", set(self.track) <= set(TRACKERS), f"of {', '.join(TRACKERS)}")
         if self.on_divergence == "rollback":
             self._require("recon_weight", self.recon_weight > 0, "positive for rollback")
 
@@ -161,6 +165,7 @@ _FREE = {
     "check_inverse",
     "on_divergence",
     "graph",
+    "track",
 }
 
 # What a run takes where neither the model nor the request says otherwise.

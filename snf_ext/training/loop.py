@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -38,6 +38,7 @@ from .rollback import roll_back
 from .seeds import derive_seed, seeded
 from .signals import StopRequest
 from .step import Gradients, OwnShare
+from .trackers import Trackers, check_trackers
 from .world import ALONE, World
 
 # Validation images for the figures that describe training and do not choose the best epoch.
@@ -98,6 +99,7 @@ class Trainer:
         progress: bool = True,
         world: World = ALONE,
     ) -> None:
+        check_trackers(config.track)
         self.flow, self.model, self.data, self.config = flow, model, data, config
         flow.reversible = Reversible() if config.reversible else None
         self.folder, self.world = Path(folder), world
@@ -127,6 +129,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
         self.start: dict[str, Any] = {}
+        self._trackers: Trackers | None = None  # the first process has them
         self._failure: Diverged | None = None
         self._stop = StopRequest()
 
@@ -206,9 +209,8 @@ class Trainer:
     def _run(self) -> None:
         """Train on, to the last epoch, a signal, or a failure."""
         engine = self._engine()
-        with ExitStack() as writers:
-            if self.world.first:
-                self._open_tensorboard(writers)
+        with ExitStack() as stack:  # one that cannot be opened is everyone's error
+            self.world.from_first(partial(self._open_trackers, stack))
             with (
                 self._stop,
                 seeded(self.device, self.config.seed, "fit"),
@@ -245,27 +247,10 @@ class Trainer:
         engine.add_event_handler(events.EPOCH_COMPLETED, self._after_epoch)
         return engine
 
-    def _open_tensorboard(self, writers: ExitStack) -> None:
-        require("tensorboard")
-        logger = require("ignite.handlers.tensorboard_logger").TensorboardLogger
-        folder = self.folder / "tensorboard"
-
-        # What an interrupted run logged beyond its checkpoint is hidden.
-        def scalars(path: Path, purge_step: int) -> Any:
-            return writers.enter_context(closing(logger(log_dir=str(path), purge_step=purge_step)))
-
-        self._scalars = scalars(folder, self.epoch + 1).writer
-        if self.epoch == 0:
-            self._log(self.history[0])
-        if self.monitor:  # apart, because these are counted in steps, and purging is of all tags
-            self._step_scalars = scalars(folder / "steps", self.history[-1]["step"] + 1).writer
-
-    def _log(self, row: dict[str, Any]) -> None:
-        if not self.world.first:
-            return
-        for name, value in row.items():
-            if name not in ("epoch", "step") and value is not None:
-                self._scalars.add_scalar(name, value, row["epoch"])
+    def _open_trackers(self, stack: ExitStack) -> None:
+        names, settings = self.config.track, self.config.to_dict()
+        trackers = Trackers(self.folder, names, settings, self.history, steps=bool(self.monitor))
+        self._trackers = stack.enter_context(trackers)
 
     def _start_epoch(self, engine: Any) -> None:
         torch.manual_seed(derive_seed(self.config.seed, "epoch", engine.state.epoch))
@@ -328,10 +313,10 @@ class Trainer:
         with self.monitor.step() as due:
             yield
         angles = self.monitor.angles
-        if due and angles and self.world.first:
+        if due and angles and self._trackers:
             self.angles.add(step, angles)
-            for name, value in {"mean": mean_angle(angles), **angles}.items():
-                self._step_scalars.add_scalar(f"step_angle/{name}", value, step)
+            shown = {"mean": mean_angle(angles), **angles}
+            self._trackers.log_step({f"step_angle/{k}": v for k, v in shown.items()}, step)
 
     def _after_step(self, engine: Any) -> None:
         if self.world.any(self._stop.number is not None) and self._stop.number is None:
@@ -355,7 +340,8 @@ class Trainer:
             self._failure = failure
             engine.terminate()
             return
-        self._log(row)
+        if self._trackers:
+            self._trackers.log(row)
         shown = {"loss": row["train_loss"], "val_nats": row["val_nll"], "recon": row["recon"]}
         angles = [earlier["angle"] for earlier in self.history if earlier["angle"] is not None]
         if angles:
