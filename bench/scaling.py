@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import snf_ext
+from snf_ext.layers.upkeep import Tracked
 
 from . import dispatches, report
 from .cases import ModelCase
@@ -45,7 +46,7 @@ REACHED = 0.8
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 # Six products of a layer are two forward and four backward; three of a coupling, one and two.
 BACKWARD = 2 / 3
-STEP_NUMBERS = 3  # of each step that all ranks must know, in one all-reduce
+STEP_SUMS = 2  # all-reduces of one number in each step: the loss, and whether to stop
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ class Facts:
 
     ``tracked`` and ``penalty`` are the parameters that get gradients, by how inverses are kept;
     ``learned`` the layers with an inverse; ``operations`` those of one image's training step;
-    ``dispatches`` its operators. A step of b images takes ``fixed_s + b * image_s``.
+    ``dispatches`` its operators; ``shown`` the bytes of samples that tracked linear layers sum.
+    A step of b images takes ``fixed_s + b * image_s`` replayed as a graph, and at least ``eager_s``
+    where the host starts every kernel.
     """
 
     model: str
@@ -94,10 +97,13 @@ class Facts:
     dispatches: int
     fixed_s: float
     image_s: float
+    eager_s: float
+    shown: list[int]
     measured: bool
 
-    def compute_s(self, batch: int) -> float:
-        return self.fixed_s + batch * self.image_s
+    def compute_s(self, batch: int, replayed: bool = True) -> float:
+        device = self.fixed_s + batch * self.image_s
+        return device if replayed else max(device, self.eager_s)
 
 
 def all_reduce_seconds(size: float, ranks: int, link: Link) -> float:
@@ -154,18 +160,29 @@ def controller_seconds(facts: Facts, ranks: int, link: Link) -> float:
 
 
 def step_seconds(
-    facts: Facts, ranks: int, link: Link, *, weak: bool, overlap: bool, inverse: str = "tracked"
+    facts: Facts,
+    ranks: int,
+    link: Link,
+    *,
+    weak: bool,
+    overlap: bool,
+    inverse: str = "tracked",
+    replayed: bool = True,
 ) -> float:
     """Of a step with tracked inverses or, with ``"penalty"``, with the penalty and controllers.
 
     ``weak``: each rank has the paper's batch; else the batch is split, the fullest rank counts.
+    ``replayed``: several ranks replay graphs, as one does.
     """
-    compute = facts.compute_s(facts.batch if weak else math.ceil(facts.batch / ranks))
+    images = facts.batch if weak else math.ceil(facts.batch / ranks)
+    compute = facts.compute_s(images, replayed or ranks == 1)
     size = FLOAT * (facts.tracked if inverse == "tracked" else facts.penalty)
     seconds = compute + gradient_seconds(size, ranks, link, compute, overlap)
     if inverse == "penalty":
         seconds += controller_seconds(facts, ranks, link)
-    return seconds + all_reduce_seconds(STEP_NUMBERS * FLOAT, ranks, link)
+    else:
+        seconds += sum(all_reduce_seconds(shown, ranks, link) for shown in facts.shown)
+    return seconds + STEP_SUMS * all_reduce_seconds(FLOAT, ranks, link)
 
 
 def rows(models: Sequence[Facts]) -> Iterator[dict[str, Any]]:
@@ -212,6 +229,12 @@ def learned_layers(flow: torch.nn.Module) -> int:
     return sum(isinstance(module, kinds) for module in flow.modules())
 
 
+def shown_bytes(flow: torch.nn.Module) -> list[int]:
+    """Of the samples that each tracked linear layer is made right on, the same on all ranks."""
+    linear = [m for m in flow.modules() if isinstance(m, snf_ext.SelfNormLinear)]
+    return [FLOAT * Tracked().samples * layer.features for layer in linear]
+
+
 def count_step(flow: Any) -> int:
     """Operators that a training step of a flow dispatches, fused Adam included."""
     x = torch.randint(256, (2, *flow.event_shape)).float()
@@ -235,13 +258,10 @@ def count_dispatches(case: ModelCase) -> int:
     return one + (case.steps - 1) * (two - one)
 
 
-def measured_steps(result: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of the native step with fused Adam in one CUDA graph, by case."""
-    return {
-        row["case"]: row["median_s"]
-        for row in result["rows"]
-        if row["variant"] == "native, fused Adam, graph"
-    }
+def measured_steps(result: Mapping[str, Any], graph: bool = True) -> dict[str, float]:
+    """Seconds of the native step with fused Adam, in one CUDA graph or eager, by case."""
+    variant = "native, fused Adam" + ", graph" * graph
+    return {row["case"]: row["median_s"] for row in result["rows"] if row["variant"] == variant}
 
 
 def collect(result: Mapping[str, Any]) -> list[Facts]:
@@ -252,8 +272,10 @@ def collect(result: Mapping[str, Any]) -> list[Facts]:
     others an operator costs as much beyond its operations as the two measured models' on average.
     """
     rate, steps = result["rates"]["float32_per_s"], measured_steps(result)
+    eager_steps = measured_steps(result, graph=False)
     found: list[Facts] = []
     overheads: list[float] = []
+    eager_overheads: list[float] = []
     for name, case in CASES.items():
         learned = build(case, "penalty")
         operations, count = case.flops / case.batch, count_dispatches(case)
@@ -262,9 +284,12 @@ def collect(result: Mapping[str, Any]) -> list[Facts]:
             image = operations / rate
             fixed = steps[case.name] - case.batch * image
             overheads.append(fixed / count)
+            eager = eager_steps[case.name]
+            eager_overheads.append(eager / count)
         else:
             image = operations / (GLOW_SHARE * rate)
             fixed = count * sum(overheads) / len(overheads)
+            eager = count * sum(eager_overheads) / len(eager_overheads)
         found.append(
             Facts(
                 model=name,
@@ -276,6 +301,8 @@ def collect(result: Mapping[str, Any]) -> list[Facts]:
                 dispatches=count,
                 fixed_s=fixed,
                 image_s=image,
+                eager_s=eager,
+                shown=shown_bytes(learned),
                 measured=measured,
             )
         )
@@ -327,7 +354,7 @@ def efficiency_table(result: Mapping[str, Any], weak: bool) -> str:
 
 
 def _two(share: float) -> str:
-    return f"{share:.2f}" if share >= 0.1 else f"{share:.1g}"
+    return f"{share:.2f}" if share >= 0.095 else f"{share:.1g}"
 
 
 def speed_table(result: Mapping[str, Any]) -> str:
@@ -350,6 +377,25 @@ def speed_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def eager_table(result: Mapping[str, Any]) -> str:
+    """One GPU that replays graphs beside ranks that do not, overlapped, tracked inverses."""
+    shown = [(link, weak) for weak in (True, False) for link in (LINKS[0], LINKS[2])]
+    lines = [
+        "| model | step replayed, ms | eager, ms | "
+        + " | ".join(f"{'same batch' if weak else 'split'}, {link.name}" for link, weak in shown)
+        + " |",
+        "|---" * (len(shown) + 3) + "|",
+    ]
+    for facts in facts_of(result):
+        alone = facts.compute_s(facts.batch)
+        cells = [facts.model, f"{1e3 * alone:.3g}", f"{1e3 * facts.eager_s:.3g}"]
+        for link, weak in shown:
+            seconds = step_seconds(facts, 8, link, weak=weak, overlap=True, replayed=False)
+            cells.append(f"{alone / seconds * (8 if weak else 1):.2g}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def controllers_table(result: Mapping[str, Any]) -> str:
     """Milliseconds a step that controllers add, by link and N."""
     shown = [(link, n) for link in LINKS for n in (8, 64) if n <= link.most]
@@ -368,6 +414,7 @@ def tables(result: Mapping[str, Any]) -> list[str]:
         efficiency_table(result, weak=True),
         efficiency_table(result, weak=False),
         speed_table(result),
+        eager_table(result),
         controllers_table(result),
     ]
 
@@ -384,6 +431,7 @@ def make(command: str) -> dict[str, Any]:
             "gpu": source["environment"]["gpu"],
             "float32_per_s": source["rates"]["float32_per_s"],
             "steps_s": measured_steps(source),
+            "eager_steps_s": measured_steps(source, graph=False),
         },
         "assumed": {
             "glow_share": GLOW_SHARE,

@@ -20,7 +20,7 @@ NVLINK, PCIE, NET400, NET100 = LINKS
 SMALL_GLOW = ModelCase("", (1, 8, 8), 6, batch=2, model="glow", blocks=2, hidden=8)
 
 # A step of 2 ms and 0.1 ms an image: 12 ms for its batch. 1,000 numbers are in the first bucket.
-TOY = Facts("toy", 100, 1000, 2000, 3, 1e9, 50, 2e-3, 1e-4, measured=False)
+TOY = Facts("toy", 100, 1000, 2000, 3, 1e9, 50, 2e-3, 1e-4, 15e-3, [400, 400], measured=False)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_overlap_hides_all_but_the_last_bucket():
 def test_a_step_of_eight_ranks(weak, images):
     """Of 100 images the fullest of 8 ranks has 13."""
     seconds = scaling.step_seconds(TOY, 8, NVLINK, weak=weak, overlap=False)
-    waits = [all_reduce_seconds(size, 8, NVLINK) for size in (4000, 12)]
+    waits = [all_reduce_seconds(size, 8, NVLINK) for size in (4000, 400, 400, 4, 4)]
     assert seconds == pytest.approx(2e-3 + images * 1e-4 + sum(waits))
 
 
@@ -75,8 +75,18 @@ def test_controllers_wait_once_a_layer():
         return scaling.step_seconds(TOY, 8, NVLINK, **how)
 
     more = all_reduce_seconds(8000, 8, NVLINK) - all_reduce_seconds(4000, 8, NVLINK)
-    waits = 3 * all_reduce_seconds(8, 8, NVLINK)
+    waits = 3 * all_reduce_seconds(8, 8, NVLINK) - 2 * all_reduce_seconds(400, 8, NVLINK)
     assert seconds("penalty") - seconds("tracked") == pytest.approx(more + waits)
+
+
+def test_the_host_bounds_a_step_that_is_not_replayed():
+    def seconds(ranks, replayed):
+        how = {"weak": True, "overlap": False, "replayed": replayed}
+        return scaling.step_seconds(TOY, ranks, NVLINK, **how)
+
+    assert seconds(8, replayed=False) - seconds(8, replayed=True) == pytest.approx(3e-3)
+    assert seconds(1, replayed=False) == pytest.approx(12e-3)  # one alone replays
+    assert TOY.compute_s(200, replayed=False) == pytest.approx(22e-3)
 
 
 def test_efficiency_of_rows():
@@ -115,6 +125,8 @@ def test_parameters_and_operations_by_hand():
     for name, case in CASES.items():
         assert facts[name].penalty == by_hand(case)
         assert facts[name].operations == case.flops / 100
+    assert facts["FC 2L"].shown == [4 * 32 * 784] * 2  # 32 samples of each layer, in float32
+    assert all(f.shown == [] for name, f in facts.items() if name != "FC 2L")
 
 
 def test_tracked_inverses_are_no_parameters():
@@ -177,16 +189,20 @@ def test_measured_steps_are_those_of_the_gpu():
     result = committed()
     source = json.loads(scaling.MEASURED.read_text(encoding="utf-8"))
     steps, rate = scaling.measured_steps(source), source["rates"]["float32_per_s"]
+    eager_steps = scaling.measured_steps(source, graph=False)
     facts = scaling.facts_of(result)
     measured = {f.model: f for f in facts if f.measured}
     assert set(measured) == {"FC 2L", "conv 9L"}
     for name, f in measured.items():
         assert f.compute_s(100) == pytest.approx(steps[CASES[name].name], rel=1e-9)
         assert f.image_s == pytest.approx(f.operations / rate, rel=1e-9)
+        assert f.eager_s == eager_steps[CASES[name].name]
+    eager = sum(f.eager_s / f.dispatches for f in measured.values()) / 2
     overhead = sum(f.fixed_s / f.dispatches for f in measured.values()) / 2
     for f in facts:
         if not f.measured:
             assert f.fixed_s == pytest.approx(overhead * f.dispatches, rel=1e-9)
+            assert f.eager_s == pytest.approx(eager * f.dispatches, rel=1e-9)
             assert f.image_s == pytest.approx(f.operations / (0.5 * rate), rel=1e-9)
 
 
@@ -230,6 +246,16 @@ def test_what_the_page_concludes():
     assert scaling.controller_seconds(conv, 8, NET100) / conv.compute_s(100) == pytest.approx(
         0.5, abs=0.05
     )
+    for name, f in facts.items():  # as it is: eight GPUs, none of which replays
+        same, split = (
+            f.compute_s(100)
+            / scaling.step_seconds(f, 8, NVLINK, weak=weak, overlap=True, replayed=False)
+            for weak in (True, False)
+        )
+        assert split < 1
+        assert (4.5 < 8 * same < 5.5) if name in glows else (0.8 < 8 * same < 1)
+        if name in glows:
+            assert round(f.eager_s / f.dispatches * 1e6, 1) == 26.6
     overhead = facts[glows[0]].fixed_s / facts[glows[0]].dispatches
     assert round(overhead * 1e6, 1) == 3.0
     assert round(result["measured"]["float32_per_s"] / 1e12, 1) == 50.9
@@ -242,6 +268,7 @@ def test_cells_of_a_table():
     weak = scaling.efficiency_table(result, weak=True).splitlines()
     assert weak[0] == "| model | link | N = 2 | N = 4 | N = 8 | N = 16 | N = 64 |"
     assert weak[2] == "| toy | NVLink | 1.00 / 1.00 | 1.00 / 1.00 | 1.00 / 1.00 |  |  |"
-    # 16 ranks of 7 images, 64 of 2: 12 ms / (16 * 2.7 ms), 12 ms / (64 * 2.2 ms), and the waits
+    # 16 ranks of 7 images, 64 of 2, and five trees of 44.4 and 64.4 us:
+    # 12 / (16 * (2.7 + 0.223)), 12 / (64 * (2.2 + 0.323))
     split = scaling.efficiency_table(result, weak=False).splitlines()[4]
-    assert split.endswith("| 0.27 / 0.27 | 0.08 / 0.08 |")
+    assert split.endswith("| 0.26 / 0.26 | 0.07 / 0.07 |")
