@@ -108,7 +108,7 @@ def test_a_lost_process_ends_the_run_with_a_usable_checkpoint(tmp_path):
     os.kill(workers(run)[1], signal.SIGKILL)
     finish(run, status=1)
     epoch = checkpoint.load(folder / "last.pt", resume=True)["epoch"]
-    finish(start(2, "--resume", "--run-dir", folder, "--epochs", epoch + 2))
+    finish(start(0, "--resume", "--run-dir", folder, "--epochs", epoch + 2))
     finish(start(0, "--run-dir", whole, "--epochs", epoch + 2))
     assert_close(folder, whole)
 
@@ -143,8 +143,6 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
 
 
 def test_one_process_is_a_world_of_its_own():
-    assert ALONE.any(True)
-    assert not ALONE.any(False)
     assert ALONE.from_first(lambda: 3) == 3
     assert ALONE.first_of(None) is None
     assert ALONE.sum(torch.ones(2)).tolist() == [1, 1]

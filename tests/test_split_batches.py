@@ -132,6 +132,6 @@ def test_an_objective_that_is_not_finite_leaves_no_gradients():
     nn.init.constant_(flow.bijections[0].bias, float("inf"))
     for pieces in (1, 2):
         gradients = Gradients(flow, replace(CONFIG, accumulate=pieces), ALONE)
-        value = gradients(Batch(torch.ones(4, 2), None))
+        value, _ = gradients(Batch(torch.ones(4, 2), None))
         assert not torch.tensor(value).isfinite()
         assert all(p.grad is None for p in flow.parameters())

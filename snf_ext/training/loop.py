@@ -131,7 +131,7 @@ class Trainer:
         self.start: dict[str, Any] = {}
         self._trackers: Trackers | None = None  # the first process has them
         self._failure: Diverged | None = None
-        self._stop = StopRequest()
+        self._stop, self._told = StopRequest(), False
 
     @property
     def epoch(self) -> int:
@@ -196,7 +196,7 @@ class Trainer:
                 "stop", or :func:`roll_back` did not help. The message names the layer, epoch and
                 step, the last good checkpoint, and what to change.
         """
-        while self.epoch < self.config.epochs and self._stop.number is None:
+        while self.epoch < self.config.epochs and not self._stopping:
             self._run()
             if self._failure and self.config.on_divergence == "stop":
                 raise self._failure
@@ -204,7 +204,12 @@ class Trainer:
                 path, failure, self._failure = self.folder / "last.pt", self._failure, None
                 back = partial(roll_back, path, failure, self.flow.recon_weight)
                 self.resume(self.world.from_first(back), path)
-        return self._stop.number is None
+        return not self._stopping
+
+    @property
+    def _stopping(self) -> bool:
+        """Whether a signal came, to this process or, as all know of since a step, to another."""
+        return self._told or (self.world.size == 1 and self._stop.number is not None)
 
     def _run(self) -> None:
         """Train on, to the last epoch, a signal, or a failure."""
@@ -228,8 +233,8 @@ class Trainer:
 
     @property
     def stopped_by(self) -> int | None:
-        """The signal that ended :meth:`fit`."""
-        return self._stop.number
+        """The signal that ended :meth:`fit`, as far as this process knows."""
+        return self._stop.number or (signal.SIGTERM if self._told else None)
 
     def _engine(self) -> Any:
         ignite = require("ignite.engine")
@@ -277,7 +282,8 @@ class Trainer:
         self.guard.steps = state.iteration - 1
         try:
             with self._monitored(state.iteration), self.guard.step():
-                value = self.gradients(batch)
+                value, told = self.gradients(batch, self._stop.number is not None)
+                self._told = self._told or told
         except NotReversible as error:
             if self.world.size > 1:  # the others wait
                 raise
@@ -319,9 +325,7 @@ class Trainer:
             self._trackers.log_step({f"step_angle/{k}": v for k, v in shown.items()}, step)
 
     def _after_step(self, engine: Any) -> None:
-        if self.world.any(self._stop.number is not None) and self._stop.number is None:
-            self._stop.number = signal.SIGTERM  # another process was told to stop
-        if self._failure or self._stop.number is not None:
+        if self._failure or self._stopping:
             engine.terminate()
 
     def _after_epoch(self, engine: Any) -> None:

@@ -7,6 +7,7 @@ import math
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -90,15 +91,17 @@ class OwnShare(nn.Module):
 class Gradients:
     """Leaves the gradients of a flow's objective on a batch in its parameters.
 
-    ``gradients(batch)`` is the objective on the whole batch, a float. With several processes each
-    takes its share of the batch and all end with the same gradients; with ``config.accumulate``
-    a share is taken in so many pieces, with the memory of one. Noise, tracked inverses and
-    controllers are those of the whole batch: the gradients are the same up to rounding, however
-    the batch is split. Where the objective is not finite there are none.
+    ``gradients(batch)`` is the objective on the whole batch, a float, and whether a flag that can
+    be given with the batch is up on some process. With several processes each takes its share of
+    the batch and all end with the same gradients; with ``config.accumulate`` a share is taken in so
+    many pieces, with the memory of one. Noise, tracked inverses and controllers are those of the
+    whole batch: the gradients are the same up to rounding, however the batch is split. (A tracked
+    linear layer's inverse is made right on samples of the first piece alone.) Where the objective
+    is not finite there are none.
 
     Cost: with controllers and several pieces one more pass forward, for the weight of the penalty
-    follows from the whole batch. Each step sums two numbers over the processes and, by
-    DistributedDataParallel, the gradients.
+    follows from the whole batch. For each piece two numbers are summed over the processes and, for
+    the last, by DistributedDataParallel the gradients.
 
     Raises:
         UserError: batches are to be split, and a layer's output depends on the whole of them.
@@ -118,12 +121,12 @@ class Gradients:
             options: dict[str, Any] = {_SYNC: False, "gradient_as_bucket_view": True}
             self.objective = DistributedDataParallel(self.objective, **options)
 
-    def __call__(self, batch: Batch) -> float:
+    def __call__(self, batch: Batch, flag: bool = False) -> tuple[float, bool]:
         world = self.world
         parts = parts_of(len(batch.images), world.rank, world.size, self.config.accumulate)
         if len(parts) == 1:
-            return self._backward(batch, parts[0], last=True)
-        noise, value = noise_of(self.device), 0.0
+            return self._backward(batch, parts[0], flag)
+        noise, value, raised = noise_of(self.device), 0.0, False
 
         def forward() -> None:
             for part in parts:
@@ -134,23 +137,30 @@ class Gradients:
         with shown_all(self.flow, forward):
             for part in parts:
                 set_noise(self.device, noise)
-                value += self._backward(batch, part, last=part is parts[-1])
+                found, up = self._backward(batch, part, flag, last=part is parts[-1])
+                value, raised = value + found, raised or up
                 if not math.isfinite(value):
                     break
-        return value
+        return value, raised
 
-    def _backward(self, batch: Batch, part: Part, last: bool) -> float:
-        """Add the gradients of a part; its share of the objective, over all processes."""
+    def _backward(
+        self, batch: Batch, part: Part, flag: bool, last: bool = True
+    ) -> tuple[float, bool]:
+        """Add a part's gradients; its share of the objective, and the flag, of all processes."""
         wait = nullcontext() if last or self.world.size == 1 else self.objective.no_sync()  # type: ignore[operator]
         with wait, sharded(part.shard):
             loss = self.objective(part.of(batch.images), part.of(batch.context))
             if part.weight != 1:
                 loss = loss * part.weight
-            value = self.world.sum(loss.detach()).item()
+            value, up = loss.item(), flag
+            if self.world.size > 1:
+                both = torch.tensor([value, float(flag)], dtype=torch.float64)
+                value, flags = self.world.sum(both).tolist()
+                up = flags > 0
             if math.isfinite(value):
                 # The processes' gradients are averaged, not summed.
                 (loss * self.world.size if self.world.size > 1 else loss).backward()
-        return value
+        return value, up
 
 
 class _Objective(nn.Module):

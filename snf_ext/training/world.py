@@ -44,10 +44,6 @@ class World:
         dist.all_reduce(total)
         return total.cpu()
 
-    def any(self, flag: bool) -> bool:
-        """Whether it holds on some process."""
-        return flag if self.size == 1 else self.sum(torch.tensor(float(flag))).item() > 0
-
     def first_of(self, value: _T | None) -> _T | None:
         """The value of the first process that has one."""
         if self.size == 1:
