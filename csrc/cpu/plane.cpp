@@ -20,8 +20,10 @@ Plane::Plane(const Conv2dShape& shape) {
   lead = round_up(halo_rows * pitch + halo_columns, kAlign);
   length = round_up(shape.height * pitch, kAlign);
   size = round_up(lead + length + halo_rows * pitch + halo_columns, kAlign);
+  bare = shape.one_tap() && shape.pixels() >= kAlign;
+  if (bare) length = size = shape.pixels();
   // Planes a multiple of 4 KiB apart would compete for the same cache sets.
-  if (size % 512 == 0) size += kAlign;
+  if (!bare && size % 512 == 0) size += kAlign;
 }
 
 std::vector<int64_t> tap_offsets(const Conv2dShape& shape, const Plane& plane, KernelSize size) {
