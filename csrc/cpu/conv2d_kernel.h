@@ -47,7 +47,7 @@ struct Plane {
 template <typename T>
 struct PackedKernel {
   const T* values;
-  const int64_t* offsets;  // of each tap in a plane
+  const int64_t* offsets;  // of each tap in the plane of each input channel of a group
   KernelSize size;
 };
 
@@ -105,7 +105,7 @@ struct Conv2dPath {
 template <typename T>
 const Conv2dPath<T>& conv2d_path(const Conv2dShape& shape, const Plane& plane);
 
-// Offsets of a kernel's taps in a plane.
+// Offsets of a kernel's taps in the planes of a group, channel by channel.
 std::vector<int64_t> tap_offsets(const Conv2dShape& shape, const Plane& plane, KernelSize size);
 
 }  // namespace snf

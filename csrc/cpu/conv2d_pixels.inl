@@ -54,24 +54,25 @@ void pack(
 }
 
 // One block: kOutputs planes, kRun vectors of each, of gain * kernel * in + scale * start (0 if
-// null).
+// null). The kernel's (input channel, tap) pairs are at least one.
 template <typename T, int kOutputs, int kRun>
 void convolve_block(
-    const T* in, int64_t plane_size, int64_t inputs, const T* weight, const int64_t* offsets,
-    int64_t taps, T gain, const T* start, T scale, T* out) {
+    const T* in, int64_t plane_size, const T* weight, const int64_t* offsets, int64_t pairs, T gain,
+    const T* start, T scale, T* out) {
   using Vector = typename Lanes<T>::Vector;
   constexpr int64_t lanes = Lanes<T>::count;
   Vector sum[kOutputs][kRun];
   for (int o = 0; o < kOutputs; ++o)
     for (int t = 0; t < kRun; ++t) sum[o][t] = Vector{};
-  for (int64_t i = 0; i < inputs; ++i)
-    for (int64_t tap = 0; tap < taps; ++tap, weight += kOutputs) {
-      const T* source = in + i * plane_size + offsets[tap];
-      Vector value[kRun];
-      for (int t = 0; t < kRun; ++t) value[t] = load(source + t * lanes);
-      for (int o = 0; o < kOutputs; ++o)
-        for (int t = 0; t < kRun; ++t) sum[o][t] += weight[o] * value[t];
-    }
+  int64_t pair = 0;
+  do {
+    const T* source = in + offsets[pair];
+    Vector value[kRun];
+    for (int t = 0; t < kRun; ++t) value[t] = load(source + t * lanes);
+    for (int o = 0; o < kOutputs; ++o)
+      for (int t = 0; t < kRun; ++t) sum[o][t] += weight[o] * value[t];
+    weight += kOutputs;
+  } while (++pair < pairs);
   for (int o = 0; o < kOutputs; ++o)
     for (int t = 0; t < kRun; ++t) {
       const int64_t at = o * plane_size + t * lanes;
@@ -124,7 +125,7 @@ template <typename T>
 void convolve(
     const Conv2dShape& shape, const Plane& plane, const PackedKernel<T>& kernel, const T* in,
     T gain, const T* start, T scale, T* out) {
-  const int64_t width = shape.per_group(), taps = kernel.size.taps();
+  const int64_t width = shape.per_group(), pairs = width * kernel.size.taps();
   const Parts spans = runs<T>(plane), blocks = outputs<T>(shape, plane);
   const T* weight = kernel.values;
   for (int64_t group = 0; group < shape.groups; ++group) {
@@ -138,11 +139,11 @@ void convolve(
         if (t + run > plane.length) t = plane.length - run;  // some once more
         const int64_t into = base + first * plane.size + t;
         convolve_block_of<T>(size, spans[span])(
-            in + base + t, plane.size, width, weight, kernel.offsets, taps, gain,
+            in + base + t, plane.size, weight, kernel.offsets, pairs, gain,
             start == nullptr ? nullptr : start + into, scale, out + into);
         t += run;
       }
-      weight += width * taps * size;
+      weight += pairs * size;
       first += size;
     }
   }
@@ -223,10 +224,8 @@ template <typename T>
 void correlate(
     const Conv2dShape& shape, const Plane& plane, const PackedKernel<T>& kernel, const T* delta,
     const T* in, int64_t images, T* grad) {
-  const int64_t taps = kernel.size.taps();
-  const int64_t* offsets = kernel.offsets;
   const int64_t width = shape.per_group(), stride = shape.channels * plane.size;
-  const int64_t pairs = width * taps;
+  const int64_t pairs = width * kernel.size.taps();
   const Parts blocks(width, 4);
   const int64_t fit = SNF_ACCUMULATORS / blocks.largest();
   const Parts tap_blocks(pairs, fit < kMaxTaps ? fit : kMaxTaps);
@@ -235,14 +234,11 @@ void correlate(
     int64_t pair = 0;
     for (int64_t tap_block = 0; tap_block < tap_blocks.count; ++tap_block) {
       const int64_t count = tap_blocks[tap_block];
-      int64_t shifts[kMaxTaps];
-      for (int64_t j = 0; j < count; ++j)
-        shifts[j] = (pair + j) / taps * plane.size + offsets[(pair + j) % taps];
       int64_t o = 0;
       for (int64_t block = 0; block < blocks.count; ++block) {
         correlate_block_of<T>(blocks[block], count)(
             delta + base + o * plane.size, in + base, images, stride, plane.size, plane.length,
-            shifts, grad + (group * width + o) * pairs + pair, pairs);
+            kernel.offsets + pair, grad + (group * width + o) * pairs + pair, pairs);
         o += blocks[block];
       }
       pair += count;

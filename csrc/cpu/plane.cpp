@@ -28,10 +28,12 @@ Plane::Plane(const Conv2dShape& shape) {
 
 std::vector<int64_t> tap_offsets(const Conv2dShape& shape, const Plane& plane, KernelSize size) {
   std::vector<int64_t> offsets;
-  for (int64_t a = 0; a < size.rows; ++a)
-    for (int64_t b = 0; b < size.columns; ++b)
-      offsets.push_back(
-          ((a - size.rows / 2) * plane.pitch + b - size.columns / 2) * shape.dilation);
+  for (int64_t i = 0; i < shape.per_group(); ++i)
+    for (int64_t a = 0; a < size.rows; ++a)
+      for (int64_t b = 0; b < size.columns; ++b)
+        offsets.push_back(
+            i * plane.size +
+            ((a - size.rows / 2) * plane.pitch + b - size.columns / 2) * shape.dilation);
   return offsets;
 }
 
