@@ -12,8 +12,9 @@ const Conv2dPath<T>& choose(const Conv2dShape& shape, const Plane& plane) {
   const double along_channels = (shape.one_tap() ? 0.5 : 0.95) *
                                 static_cast<double>(shape.per_group()) /
                                 static_cast<double>(channels::padded_channels<T>(shape));
+  const int64_t computed = (plane.length + Plane::kAlign - 1) / Plane::kAlign * Plane::kAlign;
   const double along_pixels =
-      0.8 * static_cast<double>(shape.pixels()) / static_cast<double>(plane.length);
+      0.8 * static_cast<double>(shape.pixels()) / static_cast<double>(computed);
   return along_channels > along_pixels ? channels::path<T> : pixels::path<T>;
 }
 

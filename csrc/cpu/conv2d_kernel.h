@@ -37,7 +37,8 @@ struct Plane {
   int64_t halo_rows, halo_columns;
   int64_t pitch;   // from one row to the next
   int64_t lead;    // from the plane's start to its first pixel
-  int64_t length;  // of the flat run that is computed: a multiple of kAlign, or bare and no less
+  int64_t length;  // of the flat run that is computed, from the first pixel to the last; at least
+                   // kAlign
   int64_t size;    // of the whole plane, a multiple of kAlign unless it is bare
 
   static constexpr int64_t kAlign = 16;  // a multiple of every vector's lanes

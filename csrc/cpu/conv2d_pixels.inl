@@ -2,8 +2,8 @@
 //
 // Each channel is a padded plane. A tap shifts a plane, so an output vector is a sum of unaligned
 // input vectors, each shared by several output channels. A plane is computed as one flat run,
-// whatever the image's width; what lands in the gaps between rows is thrown away. A bare plane,
-// which need not be whole vectors, has its last ones moved back to end with it.
+// whatever the image's width; what lands in the gaps between rows is thrown away. It ends with the
+// last pixel: its last vectors are moved back to do so, and some pixels are computed twice.
 
 namespace snf {
 namespace SNF_ISA {
@@ -136,7 +136,7 @@ void convolve(
       int64_t t = 0;
       for (int64_t span = 0; span < spans.count; ++span) {
         const int64_t run = spans[span] * Lanes<T>::count;
-        if (t + run > plane.length) t = plane.length - run;  // some once more
+        if (t + run > plane.length) t = plane.length - run;
         const int64_t into = base + first * plane.size + t;
         convolve_block_of<T>(size, spans[span])(
             in + base + t, plane.size, weight, kernel.offsets, pairs, gain,
@@ -167,7 +167,7 @@ void correlate_block(
     }
   };
   const int64_t rest = length % lanes, whole = length - rest;
-  const Vector fresh = last_lanes<T>(rest);
+  const Vector fresh = last_lanes<T>(rest);  // of the last vector, which overlaps the one before
   for (int64_t image = 0; image < images; ++image, delta += stride, in += stride) {
     Vector d[kOutputs];
     for (int64_t t = 0; t < whole; t += lanes) {
@@ -249,12 +249,12 @@ void correlate(
 // Gaps between rows and the rest of the computed run.
 template <typename T>
 void clear_gaps(const Conv2dShape& shape, const Plane& plane, T* planes) {
-  const int64_t used = shape.height * plane.pitch;
+  const int64_t used = (shape.height - 1) * plane.pitch + shape.width;
   for (int64_t c = 0; c < shape.channels; ++c) {
     T* pixels = planes + c * plane.size + plane.lead;
     // Down the columns: a gap is one or two numbers wide, for which a call of memset is too much.
     for (int64_t i = shape.width; i < plane.pitch; ++i)
-      for (int64_t row = 0; row < shape.height; ++row) pixels[row * plane.pitch + i] = T(0);
+      for (int64_t row = 0; row + 1 < shape.height; ++row) pixels[row * plane.pitch + i] = T(0);
     for (int64_t i = used; i < plane.length; ++i) pixels[i] = T(0);
   }
 }

@@ -18,12 +18,13 @@ Plane::Plane(const Conv2dShape& shape) {
   halo_columns = std::max(shape.weight.columns, shape.inverse.columns) / 2 * shape.dilation;
   pitch = shape.width + (shape.circular ? 2 : 1) * halo_columns;
   lead = round_up(halo_rows * pitch + halo_columns, kAlign);
-  length = round_up(shape.height * pitch, kAlign);
+  length = std::max((shape.height - 1) * pitch + shape.width, kAlign);
+  size = length;
+  bare = shape.one_tap() && length == shape.pixels();
+  if (bare) return;
   size = round_up(lead + length + halo_rows * pitch + halo_columns, kAlign);
-  bare = shape.one_tap() && shape.pixels() >= kAlign;
-  if (bare) length = size = shape.pixels();
   // Planes a multiple of 4 KiB apart would compete for the same cache sets.
-  if (!bare && size % 512 == 0) size += kAlign;
+  if (size % 512 == 0) size += kAlign;
 }
 
 std::vector<int64_t> tap_offsets(const Conv2dShape& shape, const Plane& plane, KernelSize size) {
