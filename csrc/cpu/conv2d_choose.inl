@@ -9,11 +9,12 @@ namespace SNF_ISA {
 template <typename T>
 const Conv2dPath<T>& choose(const Conv2dShape& shape, const Plane& plane) {
   if (channels::vector_count<T>(shape) > channels::kMaxVectors) return pixels::path<T>;
-  const bool one_tap = shape.weight.taps() * shape.inverse.taps() == 1;
-  const double along_channels = (one_tap ? 0.5 : 0.95) * static_cast<double>(shape.per_group()) /
+  const double along_channels = (shape.one_tap() ? 0.5 : 0.95) *
+                                static_cast<double>(shape.per_group()) /
                                 static_cast<double>(channels::padded_channels<T>(shape));
+  const int64_t computed = (plane.length + Plane::kAlign - 1) / Plane::kAlign * Plane::kAlign;
   const double along_pixels =
-      0.8 * static_cast<double>(shape.pixels()) / static_cast<double>(plane.length);
+      0.8 * static_cast<double>(shape.pixels()) / static_cast<double>(computed);
   return along_channels > along_pixels ? channels::path<T> : pixels::path<T>;
 }
 

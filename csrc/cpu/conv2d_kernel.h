@@ -3,7 +3,8 @@
 //
 // Images are copied into padded planes, so that a tap of a kernel is a fixed distance in memory.
 // Zero padding shares one gap between the end of a row and the start of the next; circular padding
-// needs two. Two families of kernels do the arithmetic: conv2d_pixels.inl keeps a plane for each
+// needs two. With one tap there is nothing to pad, and images are read and written where they lie.
+// Two families of kernels do the arithmetic: conv2d_pixels.inl keeps a plane for each
 // channel and has vectors along the pixels, conv2d_channels.inl keeps one plane whose pixels are
 // vectors of channels.
 #pragma once
@@ -25,17 +26,20 @@ struct Conv2dShape {
 
   int64_t per_group() const { return channels / groups; }
   int64_t pixels() const { return height * width; }
+  bool one_tap() const { return weight.taps() * inverse.taps() == 1; }
 };
 
-// Layout of a padded plane in pixels, the same for every buffer of a step.
+// Layout of a plane in pixels, the same for every buffer of a step.
 struct Plane {
   explicit Plane(const Conv2dShape& shape);
 
+  bool bare;  // nothing around the pixels: an image is its planes where it lies
   int64_t halo_rows, halo_columns;
   int64_t pitch;   // from one row to the next
   int64_t lead;    // from the plane's start to its first pixel
-  int64_t length;  // of the flat run that is computed, a multiple of kAlign
-  int64_t size;    // of the whole plane, a multiple of kAlign
+  int64_t length;  // of the flat run that is computed, from the first pixel to the last; at least
+                   // kAlign
+  int64_t size;    // of the whole plane, a multiple of kAlign unless it is bare
 
   static constexpr int64_t kAlign = 16;  // a multiple of every vector's lanes
 };
@@ -44,7 +48,7 @@ struct Plane {
 template <typename T>
 struct PackedKernel {
   const T* values;
-  const int64_t* offsets;  // of each tap in a plane
+  const int64_t* offsets;  // of each tap in the plane of each input channel of a group
   KernelSize size;
 };
 
@@ -102,7 +106,7 @@ struct Conv2dPath {
 template <typename T>
 const Conv2dPath<T>& conv2d_path(const Conv2dShape& shape, const Plane& plane);
 
-// Offsets of a kernel's taps in a plane.
+// Offsets of a kernel's taps in the planes of a group, channel by channel.
 std::vector<int64_t> tap_offsets(const Conv2dShape& shape, const Plane& plane, KernelSize size);
 
 }  // namespace snf

@@ -12,7 +12,7 @@ namespace snf {
 inline Conv2dShape shape_of(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_inv,
     const Geometry& geometry) {
-  return {
+  Conv2dShape shape = {
       x.size(1),
       geometry.groups,
       x.size(2),
@@ -21,6 +21,11 @@ inline Conv2dShape shape_of(
       geometry.circular,
       {weight.size(2), weight.size(3)},
       {weight_inv.size(2), weight_inv.size(3)}};
+  if (shape.one_tap()) {  // knows no neighbours: an image may as well be one row
+    shape.width = shape.pixels();
+    shape.height = 1;
+  }
+  return shape;
 }
 
 // A kernel in the order of the inner loops, and where its taps are.

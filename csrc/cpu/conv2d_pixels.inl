@@ -2,7 +2,8 @@
 //
 // Each channel is a padded plane. A tap shifts a plane, so an output vector is a sum of unaligned
 // input vectors, each shared by several output channels. A plane is computed as one flat run,
-// whatever the image's width; what lands in the gaps between rows is thrown away.
+// whatever the image's width; what lands in the gaps between rows is thrown away. It ends with the
+// last pixel: its last vectors are moved back to do so, and some pixels are computed twice.
 
 namespace snf {
 namespace SNF_ISA {
@@ -20,9 +21,12 @@ inline int64_t output_limit(int64_t run) {
   return fit < kMaxOutputs ? fit : kMaxOutputs;
 }
 
+// A plane's vectors in runs, none longer than the plane.
 template <typename T>
 inline Parts runs(const Plane& plane) {
-  return Parts(plane.length / Lanes<T>::count, run_limit());
+  constexpr int64_t lanes = Lanes<T>::count;
+  const int64_t whole = plane.length / lanes;
+  return Parts((plane.length + lanes - 1) / lanes, whole < run_limit() ? whole : run_limit());
 }
 
 template <typename T>
@@ -49,27 +53,32 @@ void pack(
   }
 }
 
-// One block: kOutputs planes, kRun vectors of each, starting at scale * start (0 if null).
+// One block: kOutputs planes, kRun vectors of each, of gain * kernel * in + scale * start (0 if
+// null). The kernel's (input channel, tap) pairs are at least one.
 template <typename T, int kOutputs, int kRun>
 void convolve_block(
-    const T* in, int64_t plane_size, int64_t inputs, const T* weight, const int64_t* offsets,
-    int64_t taps, const T* start, T scale, T* out) {
+    const T* in, int64_t plane_size, const T* weight, const int64_t* offsets, int64_t pairs, T gain,
+    const T* start, T scale, T* out) {
   using Vector = typename Lanes<T>::Vector;
   constexpr int64_t lanes = Lanes<T>::count;
   Vector sum[kOutputs][kRun];
   for (int o = 0; o < kOutputs; ++o)
-    for (int t = 0; t < kRun; ++t)
-      sum[o][t] = start == nullptr ? Vector{} : scale * load(start + o * plane_size + t * lanes);
-  for (int64_t i = 0; i < inputs; ++i)
-    for (int64_t tap = 0; tap < taps; ++tap, weight += kOutputs) {
-      const T* source = in + i * plane_size + offsets[tap];
-      Vector value[kRun];
-      for (int t = 0; t < kRun; ++t) value[t] = load(source + t * lanes);
-      for (int o = 0; o < kOutputs; ++o)
-        for (int t = 0; t < kRun; ++t) sum[o][t] += weight[o] * value[t];
-    }
+    for (int t = 0; t < kRun; ++t) sum[o][t] = Vector{};
+  int64_t pair = 0;
+  do {
+    const T* source = in + offsets[pair];
+    Vector value[kRun];
+    for (int t = 0; t < kRun; ++t) value[t] = load(source + t * lanes);
+    for (int o = 0; o < kOutputs; ++o)
+      for (int t = 0; t < kRun; ++t) sum[o][t] += weight[o] * value[t];
+    weight += kOutputs;
+  } while (++pair < pairs);
   for (int o = 0; o < kOutputs; ++o)
-    for (int t = 0; t < kRun; ++t) store(out + o * plane_size + t * lanes, sum[o][t]);
+    for (int t = 0; t < kRun; ++t) {
+      const int64_t at = o * plane_size + t * lanes;
+      const Vector from = start == nullptr ? Vector{} : scale * load(start + at);
+      store(out + at, from + gain * sum[o][t]);
+    }
 }
 
 template <typename T>
@@ -111,12 +120,12 @@ ConvolveBlock<T> convolve_block_of(int64_t outputs, int64_t run) {
   __builtin_unreachable();
 }
 
-// out = scale * start + kernel * in, on padded planes; `out` is left with garbage in its gaps.
+// out = gain * kernel * in + scale * start, on planes; `out` is left with garbage in its gaps.
 template <typename T>
 void convolve(
     const Conv2dShape& shape, const Plane& plane, const PackedKernel<T>& kernel, const T* in,
-    const T* start, T scale, T* out) {
-  const int64_t width = shape.per_group(), taps = kernel.size.taps();
+    T gain, const T* start, T scale, T* out) {
+  const int64_t width = shape.per_group(), pairs = width * kernel.size.taps();
   const Parts spans = runs<T>(plane), blocks = outputs<T>(shape, plane);
   const T* weight = kernel.values;
   for (int64_t group = 0; group < shape.groups; ++group) {
@@ -126,13 +135,15 @@ void convolve(
       const int64_t size = blocks[block];
       int64_t t = 0;
       for (int64_t span = 0; span < spans.count; ++span) {
+        const int64_t run = spans[span] * Lanes<T>::count;
+        if (t + run > plane.length) t = plane.length - run;
         const int64_t into = base + first * plane.size + t;
         convolve_block_of<T>(size, spans[span])(
-            in + base + t, plane.size, width, weight, kernel.offsets, taps,
+            in + base + t, plane.size, weight, kernel.offsets, pairs, gain,
             start == nullptr ? nullptr : start + into, scale, out + into);
-        t += spans[span] * Lanes<T>::count;
+        t += run;
       }
-      weight += width * taps * size;
+      weight += pairs * size;
       first += size;
     }
   }
@@ -145,18 +156,28 @@ void correlate_block(
     const T* delta, const T* in, int64_t images, int64_t stride, int64_t plane_size, int64_t length,
     const int64_t* shifts, T* grad, int64_t grad_stride) {
   using Vector = typename Lanes<T>::Vector;
+  constexpr int64_t lanes = Lanes<T>::count;
   Vector sum[kOutputs][kTaps];
   for (int o = 0; o < kOutputs; ++o)
     for (int j = 0; j < kTaps; ++j) sum[o][j] = Vector{};
-  for (int64_t image = 0; image < images; ++image, delta += stride, in += stride)
-    for (int64_t t = 0; t < length; t += Lanes<T>::count) {
-      Vector d[kOutputs];
-      for (int o = 0; o < kOutputs; ++o) d[o] = load(delta + o * plane_size + t);
-      for (int j = 0; j < kTaps; ++j) {
-        const Vector value = load(in + shifts[j] + t);
-        for (int o = 0; o < kOutputs; ++o) sum[o][j] += d[o] * value;
-      }
+  const auto add = [&](const Vector(&d)[kOutputs], int64_t t) {
+    for (int j = 0; j < kTaps; ++j) {
+      const Vector value = load(in + shifts[j] + t);
+      for (int o = 0; o < kOutputs; ++o) sum[o][j] += d[o] * value;
     }
+  };
+  const int64_t rest = length % lanes, whole = length - rest;
+  const Vector fresh = last_lanes<T>(rest);  // of the last vector, which overlaps the one before
+  for (int64_t image = 0; image < images; ++image, delta += stride, in += stride) {
+    Vector d[kOutputs];
+    for (int64_t t = 0; t < whole; t += lanes) {
+      for (int o = 0; o < kOutputs; ++o) d[o] = load(delta + o * plane_size + t);
+      add(d, t);
+    }
+    if (rest == 0) continue;
+    for (int o = 0; o < kOutputs; ++o) d[o] = fresh * load(delta + o * plane_size + length - lanes);
+    add(d, length - lanes);
+  }
   for (int o = 0; o < kOutputs; ++o)
     for (int j = 0; j < kTaps; ++j) grad[o * grad_stride + j] += sum_of_lanes<T>(sum[o][j]);
 }
@@ -203,10 +224,8 @@ template <typename T>
 void correlate(
     const Conv2dShape& shape, const Plane& plane, const PackedKernel<T>& kernel, const T* delta,
     const T* in, int64_t images, T* grad) {
-  const int64_t taps = kernel.size.taps();
-  const int64_t* offsets = kernel.offsets;
   const int64_t width = shape.per_group(), stride = shape.channels * plane.size;
-  const int64_t pairs = width * taps;
+  const int64_t pairs = width * kernel.size.taps();
   const Parts blocks(width, 4);
   const int64_t fit = SNF_ACCUMULATORS / blocks.largest();
   const Parts tap_blocks(pairs, fit < kMaxTaps ? fit : kMaxTaps);
@@ -215,14 +234,11 @@ void correlate(
     int64_t pair = 0;
     for (int64_t tap_block = 0; tap_block < tap_blocks.count; ++tap_block) {
       const int64_t count = tap_blocks[tap_block];
-      int64_t shifts[kMaxTaps];
-      for (int64_t j = 0; j < count; ++j)
-        shifts[j] = (pair + j) / taps * plane.size + offsets[(pair + j) % taps];
       int64_t o = 0;
       for (int64_t block = 0; block < blocks.count; ++block) {
         correlate_block_of<T>(blocks[block], count)(
             delta + base + o * plane.size, in + base, images, stride, plane.size, plane.length,
-            shifts, grad + (group * width + o) * pairs + pair, pairs);
+            kernel.offsets + pair, grad + (group * width + o) * pairs + pair, pairs);
         o += blocks[block];
       }
       pair += count;
@@ -233,12 +249,12 @@ void correlate(
 // Gaps between rows and the rest of the computed run.
 template <typename T>
 void clear_gaps(const Conv2dShape& shape, const Plane& plane, T* planes) {
-  const int64_t used = shape.height * plane.pitch;
+  const int64_t used = (shape.height - 1) * plane.pitch + shape.width;
   for (int64_t c = 0; c < shape.channels; ++c) {
     T* pixels = planes + c * plane.size + plane.lead;
     // Down the columns: a gap is one or two numbers wide, for which a call of memset is too much.
     for (int64_t i = shape.width; i < plane.pitch; ++i)
-      for (int64_t row = 0; row < shape.height; ++row) pixels[row * plane.pitch + i] = T(0);
+      for (int64_t row = 0; row + 1 < shape.height; ++row) pixels[row * plane.pitch + i] = T(0);
     for (int64_t i = used; i < plane.length; ++i) pixels[i] = T(0);
   }
 }
@@ -286,17 +302,16 @@ void copy_rows(
     for (int64_t i = 0; i < width; ++i) to[i] = f(from[i]);
 }
 
-// planes = scale * image - shift[channel], with its halo.
+// planes = image - shift[channel], with its halo.
 template <typename T>
 void load_image(
-    const Conv2dShape& shape, const Plane& plane, const T* image, T scale, const T* shift,
-    T* planes) {
+    const Conv2dShape& shape, const Plane& plane, const T* image, const T* shift, T* planes) {
   for (int64_t c = 0; c < shape.channels; ++c) {
     const T minus = shift == nullptr ? T(0) : shift[c];
     copy_rows(
         shape.height, shape.width, image + c * shape.pixels(), shape.width,
         planes + c * plane.size + plane.lead, plane.pitch,
-        [=](auto value) { return scale * value - minus; });
+        [=](auto value) { return value - minus; });
   }
   fill_halo(shape, plane, planes);
 }
@@ -323,24 +338,33 @@ void clear_surroundings(const Plane& plane, T* planes, int64_t count) {
   }
 }
 
+// Planes of an image: itself where it can be, or else a copy.
+template <typename T>
+const T* planes_of(const Conv2dShape& shape, const Plane& plane, const T* image, T* copy) {
+  if (plane.bare) return image;
+  load_image<T>(shape, plane, image, nullptr, copy);
+  return copy;
+}
+
 template <typename T>
 void forward(const Conv2dForward<T>& step, int64_t begin, int64_t end) {
   const Conv2dShape& shape = step.shape;
   const Plane& plane = step.plane;
   const int64_t volume = shape.channels * plane.size, image_size = shape.channels * shape.pixels();
-  T* x = workspace<T>(3 * volume);
-  T *y = x + volume, *e = y + volume;
-  clear_surroundings(plane, x, 2 * shape.channels);
+  T* copies = workspace<T>(3 * volume);
+  clear_surroundings(plane, copies, 2 * shape.channels);
   for (int64_t image = begin; image < end; ++image) {
     const int64_t at = image * image_size;
-    load_image<T>(shape, plane, step.x + at, T(1), nullptr, x);
-    convolve<T>(shape, plane, step.weight, x, nullptr, T(0), y);
-    store_image(shape, plane, y, step.bias, step.z + at);
+    const T* x = planes_of(shape, plane, step.x + at, copies);
+    T* y = plane.bare && step.bias == nullptr ? step.z + at : copies + volume;
+    convolve<T>(shape, plane, step.weight, x, T(1), nullptr, T(0), y);
+    if (y != step.z + at) store_image(shape, plane, y, step.bias, step.z + at);
     step.recon[image] = T(0);
     if (step.residual == nullptr) continue;
     fill_halo(shape, plane, y);
-    convolve<T>(shape, plane, step.inverse, y, x, T(-1), e);
-    store_image<T>(shape, plane, e, nullptr, step.residual + at);
+    T* e = plane.bare ? step.residual + at : copies + 2 * volume;
+    convolve<T>(shape, plane, step.inverse, y, T(1), x, T(-1), e);
+    if (!plane.bare) store_image<T>(shape, plane, e, nullptr, step.residual + at);
     step.recon[image] = sum_of_squares(step.residual + at, image_size);
   }
 }
@@ -351,53 +375,61 @@ void backward(
   const Conv2dShape& shape = step.shape;
   const Plane& plane = step.plane;
   const int64_t volume = shape.channels * plane.size, image_size = shape.channels * shape.pixels();
-  const int64_t vectors = plane.length / Lanes<T>::count;
+  const int64_t vectors = (plane.length + Lanes<T>::count - 1) / Lanes<T>::count;
   const int64_t together =
       images_together<T>((64 + vectors - 1) / vectors, 4 * volume, end - begin);
   const bool want_dx = step.grad_x != nullptr || step.want_inverse;
   const bool penalty = step.grad_recon != nullptr;
+  // Several images' inputs of the weight gradients, where they lie or copied.
+  const bool copy_x = !plane.bare, copy_y = !plane.bare || step.bias != nullptr;
 
   const int64_t buffers = 3 + 4 * together;
-  T* dz = workspace<T>(buffers * volume);
-  T *pull = dz + volume, *x = pull + volume, *y = x + together * volume;
-  T *delta_w = y + together * volume, *delta_r = delta_w + together * volume;
-  T* dx = delta_r + together * volume;
-  clear_surroundings(plane, dz, (2 + 2 * together) * shape.channels);
+  T* dz_copy = workspace<T>(buffers * volume);
+  T *e_copy = dz_copy + volume, *x_copies = e_copy + volume;
+  T *y_copies = x_copies + together * volume, *delta_w = y_copies + together * volume;
+  T *delta_r = delta_w + together * volume, *dx_planes = delta_r + together * volume;
+  clear_surroundings(plane, dz_copy, (2 + 2 * together) * shape.channels);
 
   for (int64_t first = begin; first < end; first += together) {
     const int64_t images = end - first < together ? end - first : together;
     for (int64_t k = 0; k < images; ++k) {
       const int64_t image = first + k, at = image * image_size;
       T *own_w = delta_w + k * volume, *own_r = delta_r + k * volume;
-      load_image<T>(shape, plane, step.grad_z + at, T(1), nullptr, dz);
-      if (penalty)
-        load_image<T>(
-            shape, plane, step.residual + at, T(2) * step.grad_recon[image], nullptr, pull);
+      const T* dz = planes_of(shape, plane, step.grad_z + at, dz_copy);
+      const T* e = penalty ? planes_of(shape, plane, step.residual + at, e_copy) : nullptr;
+      const T pull = penalty ? T(2) * step.grad_recon[image] : T(0);
+      T* dx = plane.bare && step.grad_x != nullptr ? step.grad_x + at : dx_planes;
       if (want_dx) {
-        convolve<T>(shape, plane, step.weight_flipped, dz, nullptr, T(0), dx);
-        if (step.grad_x != nullptr) store_image<T>(shape, plane, dx, nullptr, step.grad_x + at);
+        convolve<T>(shape, plane, step.weight_flipped, dz, T(1), nullptr, T(0), dx);
+        if (step.grad_x != nullptr && !plane.bare)
+          store_image<T>(shape, plane, dx, nullptr, step.grad_x + at);
       }
       if (step.want_weight) {
         if (step.pulls_weight)
-          convolve<T>(shape, plane, step.inverse_flipped, pull, dz, step.data_share, own_w);
+          convolve<T>(shape, plane, step.inverse_flipped, e, pull, dz, step.data_share, own_w);
         else
           for (int64_t i = 0; i < volume; ++i) own_w[i] = step.data_share * dz[i];
         clear_gaps(shape, plane, own_w);
-        load_image<T>(shape, plane, step.x + at, T(1), nullptr, x + k * volume);
+        if (copy_x) load_image<T>(shape, plane, step.x + at, nullptr, x_copies + k * volume);
       }
       if (step.want_inverse) {
         if (penalty)
-          for (int64_t i = 0; i < volume; ++i) own_r[i] = pull[i] - T(0.5) * dx[i];
+          for (int64_t i = 0; i < volume; ++i) own_r[i] = pull * e[i] - T(0.5) * dx[i];
         else
           for (int64_t i = 0; i < volume; ++i) own_r[i] = T(-0.5) * dx[i];
         clear_gaps(shape, plane, own_r);
-        load_image<T>(shape, plane, step.z + at, T(1), step.bias, y + k * volume);
+        if (copy_y) load_image<T>(shape, plane, step.z + at, step.bias, y_copies + k * volume);
       }
     }
+    const int64_t at = first * image_size;
     if (step.want_weight)
-      correlate<T>(shape, plane, step.weight_flipped, delta_w, x, images, grad_weight);
+      correlate<T>(
+          shape, plane, step.weight_flipped, delta_w, copy_x ? x_copies : step.x + at, images,
+          grad_weight);
     if (step.want_inverse)
-      correlate<T>(shape, plane, step.inverse_flipped, delta_r, y, images, grad_inverse);
+      correlate<T>(
+          shape, plane, step.inverse_flipped, delta_r, copy_y ? y_copies : step.z + at, images,
+          grad_inverse);
   }
 }
 

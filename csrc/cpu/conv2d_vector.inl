@@ -33,6 +33,14 @@ inline T sum_of_lanes(typename Lanes<T>::Vector v) {
   return lanes[0];
 }
 
+// One in the last `count` lanes, zero in those before.
+template <typename T>
+inline typename Lanes<T>::Vector last_lanes(int64_t count) {
+  typename Lanes<T>::Vector v;
+  for (int64_t i = 0; i < Lanes<T>::count; ++i) v[i] = T(i >= Lanes<T>::count - count);
+  return v;
+}
+
 // Splits n into near-equal parts of at most `limit`.
 struct Parts {
   int64_t count, small, larger;  // `larger` of them hold small + 1

@@ -18,7 +18,10 @@ Plane::Plane(const Conv2dShape& shape) {
   halo_columns = std::max(shape.weight.columns, shape.inverse.columns) / 2 * shape.dilation;
   pitch = shape.width + (shape.circular ? 2 : 1) * halo_columns;
   lead = round_up(halo_rows * pitch + halo_columns, kAlign);
-  length = round_up(shape.height * pitch, kAlign);
+  length = std::max((shape.height - 1) * pitch + shape.width, kAlign);
+  size = length;
+  bare = shape.one_tap() && length == shape.pixels();
+  if (bare) return;
   size = round_up(lead + length + halo_rows * pitch + halo_columns, kAlign);
   // Planes a multiple of 4 KiB apart would compete for the same cache sets.
   if (size % 512 == 0) size += kAlign;
@@ -26,10 +29,12 @@ Plane::Plane(const Conv2dShape& shape) {
 
 std::vector<int64_t> tap_offsets(const Conv2dShape& shape, const Plane& plane, KernelSize size) {
   std::vector<int64_t> offsets;
-  for (int64_t a = 0; a < size.rows; ++a)
-    for (int64_t b = 0; b < size.columns; ++b)
-      offsets.push_back(
-          ((a - size.rows / 2) * plane.pitch + b - size.columns / 2) * shape.dilation);
+  for (int64_t i = 0; i < shape.per_group(); ++i)
+    for (int64_t a = 0; a < size.rows; ++a)
+      for (int64_t b = 0; b < size.columns; ++b)
+        offsets.push_back(
+            i * plane.size +
+            ((a - size.rows / 2) * plane.pitch + b - size.columns / 2) * shape.dilation);
   return offsets;
 }
 
