@@ -128,8 +128,9 @@ def evaluate(options: Evaluate) -> None:
     images = data.load(name, options.data_dir, config.conditional, options.verify)
     if (images.event_shape, images.pixel_levels) != (flow.event_shape, levels):
         raise UserError(
-            f"data must have events {flow.event_shape} of {levels} levels, as the checkpoint's "
-            f"model; {images.name} has {images.event_shape} of {images.pixel_levels}"
+            f"data must have events {flow.event_shape} of {levels or 'no'} levels, as the "
+            f"checkpoint's model; {images.name} has {images.event_shape} of "
+            f"{images.pixel_levels or 'none'}"
         )
     if images.classes > flow.context_features:
         raise UserError(

@@ -79,12 +79,12 @@ class Train:
     limit_train: int | None = None
     """Use only the first N training images."""
     epochs: int | None = None
-    """Epochs to train; on digits fc 400, autoregressive 50; on imagenet32 15, on points 30;
+    """Epochs to train; on digits fc 400, autoregressive 50; on imagenet32 15, on points 15;
     otherwise 100 (the paper: fc 6000, conv 1000, glow 250, on cifar10 1000)."""
     batch_size: int | None = None
     """Images a step; 100, on imagenet32 64, on points 200."""
     lr: float | None = None
-    """Learning rate; 1e-3, fc on images other than digits 1e-4, on points LRPOINTS."""
+    """Learning rate; 1e-3, fc on images other than digits 1e-4, on points 1e-2."""
     recon_weight: float | None = None
     """Weight lambda of the reconstruction penalty. If not given there is no penalty, because
     learned inverses are tracked; with --model-args inverse=penalty it is 1 for fc and conv (digits

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from snf_ext.training import data, folders
+from snf_ext.training.config import resolve
 from snf_ext.training.errors import UserError
 
 
@@ -76,6 +77,24 @@ def test_continuous_data_have_no_levels():
     assert data.Dataset("mine", points, points, points, (2,), None).pixel_levels is None
     with pytest.raises(UserError, match=r"mine: test images must be finite; .* in image 0"):
         data.Dataset("mine", points, points, points / 0, (2,), None)
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "batch_size", "warmup_epochs", "augment"),
+    [("cifar10", 32, 100, 10.0, "flip-jitter"), ("imagenet32", 48, 64, 0.0, None)],
+)
+def test_paper_settings_of_colour_images(name, steps, batch_size, warmup_epochs, augment):
+    """SNF A.3; the batch size of ImageNet is that of its timings."""
+    config = resolve({"model": "glow", "data": name, "model_args": {"inverse": "penalty"}})
+    assert config.model_args == {"levels": 3, "steps": steps, "inverse": "penalty"}
+    assert (config.lr, config.recon_weight, config.clip_norm) == (1e-3, 1000.0, 10_000.0)
+    assert (config.batch_size, config.warmup_epochs) == (batch_size, warmup_epochs)
+    assert (config.optimizer, config.augment) == ("adam", augment)
+    assert resolve({"model": "fc", "data": name}).lr == 1e-4
+    assert resolve({"model": "conv", "data": name}).clip_norm is None
 
 
 # ---- files

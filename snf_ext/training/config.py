@@ -166,14 +166,14 @@ _FREE = {
 
 # What a run takes where neither the model nor the request says otherwise.
 _COMMON = {"batch_size": 100, "warmup_epochs": 10.0, "lr": 1e-3, "recon_weight": 1.0}
-_TOY = {"epochs": 20, "batch_size": 500, "warmup_epochs": 1.0, "lr": 1e-2, "angle_every": 5}
+_POINTS = {"epochs": 15, "batch_size": 200, "warmup_epochs": 1.0, "lr": 1e-2, "angle_every": 5}
 _DATA: dict[str, dict[str, Any]] = {
     "digits": {"epochs": 400, "angle_every": 5},
     "mnist": {"epochs": 100},
     "cifar10": {"epochs": 100, "augment": "flip-jitter"},
     "imagenet32": {"epochs": 15, "batch_size": 64, "warmup_epochs": 0.0},
     "images": {"epochs": 100},
-    **{name: dict(_TOY) for name in DENSITIES},
+    **{name: dict(_POINTS) for name in DENSITIES},
 }
 
 # The argument of each model that names its mixing layers, of which "self_norm" learns inverses.

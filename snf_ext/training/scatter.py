@@ -11,7 +11,8 @@ from ..flow import Flow
 from .errors import require
 
 GRID = 200  # points along each axis of a picture of a density
-HALF_SIDE = 4.0  # of the square that is shown, unless the data reach further
+HALF_SIDE = 3.0  # of the square that is shown where no data say how far it has to reach
+POINTS = 2000  # as many as show a density
 
 
 def points(title: str, panels: dict[str, Tensor], flow: Flow | None = None) -> Any:
@@ -72,5 +73,4 @@ def not_finite(x: Tensor) -> str:
 
 
 def _half_side(data: Tensor | None) -> float:
-    reach = 0.0 if data is None or not len(data) else data.abs().max().item()
-    return max(HALF_SIDE, 1.1 * reach)
+    return HALF_SIDE if data is None or not len(data) else 1.25 * data.abs().max().item()
