@@ -111,11 +111,11 @@ class Batches:
 
     def _gathered(self, index: Tensor) -> Batch:
         """Pinned if it has to travel: torch keeps such memory until its copy is done."""
-        if self.resident:
-            return Batch(self.images[index], None if self.context is None else self.context[index])
-        pin = self.device.type == "cuda"
 
         def rows(x: Tensor) -> Tensor:
+            if self.resident:
+                return x.index_select(0, index)
+            pin = self.device.type == "cuda"
             part = torch.empty(len(index), *x.shape[1:], dtype=x.dtype, pin_memory=pin)
             return torch.index_select(x, 0, index, out=part)
 
