@@ -18,13 +18,14 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from snf_ext import Flow
+from snf_ext.training.toy import DENSITIES
 
 from .general_models import (
     MODELS,
@@ -40,38 +41,6 @@ NEAR = 0.3  # how near the learned inverse has to come
 HALF_SIDE = 8.0  # of the square that densities are integrated over
 TARGET = 0.05  # nats
 SIZE = 2
-
-
-def moons(count: int) -> Tensor:
-    """Two half circles that reach into each other, with noise of 0.1."""
-    angle = math.pi * torch.rand(count)
-    upper = (torch.rand(count) < 0.5).float()
-    sign = 2 * upper - 1
-    x = sign * angle.cos() + (1 - upper)
-    y = sign * angle.sin() + 0.5 * (1 - upper)
-    points = torch.stack((x - 0.5, y - 0.25), 1) + 0.1 * torch.randn(count, 2)
-    return points * torch.tensor([1.15, 2.0])
-
-
-def rings(count: int) -> Tensor:
-    """Three circles around the origin, equally likely, with noise of 0.08 across."""
-    radius = 0.6 * torch.randint(1, 4, (count,)) + 0.08 * torch.randn(count)
-    angle = 2 * math.pi * torch.rand(count)
-    return torch.stack((radius * angle.cos(), radius * angle.sin()), 1)
-
-
-def checkerboard(count: int) -> Tensor:
-    """Uniform on the eight dark fields of a board of four by four, of side 4."""
-    column = torch.randint(0, 4, (count,))
-    row = 2 * torch.randint(0, 2, (count,)) + column % 2
-    return torch.stack((column, row), 1) + torch.rand(count, 2) - 2
-
-
-DENSITIES: dict[str, Callable[[int], Tensor]] = {
-    "moons": moons,
-    "rings": rings,
-    "checkerboard": checkerboard,
-}
 
 
 def train(density: str, model: str, seed: int, args: argparse.Namespace) -> Record:

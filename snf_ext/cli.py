@@ -30,6 +30,7 @@ from .flow import Flow
 from .training import checkpoint, data, pictures, run
 from .training.angle import left_out, mean_angle
 from .training.arguments import keyword_arguments
+from .training.augment import require_images
 from .training.bound import NoiseBound, noise_bound
 from .training.config import Config, resolve
 from .training.context import context_of
@@ -103,8 +104,9 @@ def _train(options: Train, device: torch.device, world: World) -> None:
     check_trackers(config.track)
     if config.conditional:
         _require_context(config.model)
-    images = data.load(config.data, options.data_dir, config.conditional)
+    images = data.load(config.data, options.data_dir, config.conditional, options.verify)
     images = images.limit_train(config.limit_train)
+    require_images(config.augment, images.event_shape)
     own = {"event_shape": images.event_shape, "pixel_levels": images.pixel_levels}
     if config.conditional:
         own["context_features"] = images.classes
@@ -129,10 +131,10 @@ def _train(options: Train, device: torch.device, world: World) -> None:
     if not world.first:
         return
     start = result["start_test_nll"]
-    bits = bits_per_dim(start, images.event_shape)
+    levels = images.pixel_levels
     print(f"best epoch of {result['epochs']}: {result['best_epoch']}, by validation NLL")
-    print(f"untrained test NLL: {start:.2f} nats, {bits:.3f} bits/dim, exact")
-    _report("test", result["test"], result["angle"])
+    print(f"untrained test NLL: {_nats(start, images.event_shape, levels)}, exact")
+    _report("test", result["test"], result["angle"], images.event_shape, levels)
     print(f"checkpoint: {folder / 'best.pt'}")
     print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
     print(f"log: tensorboard --logdir {folder / 'tensorboard'}")
@@ -143,11 +145,13 @@ def evaluate(options: Evaluate) -> None:
     if options.noise is not None and not 0 < options.noise < math.inf:
         raise UserError(f"noise must be positive and finite; got {options.noise}")
     flow, config, levels = _load_flow(options.checkpoint, options.device)
-    images = data.load(options.data or config.data, options.data_dir, config.conditional)
+    name = options.data or config.data
+    images = data.load(name, options.data_dir, config.conditional, options.verify)
     if (images.event_shape, images.pixel_levels) != (flow.event_shape, levels):
         raise UserError(
-            f"data must have events {flow.event_shape} of {levels} levels, as the checkpoint's "
-            f"model; {images.name} has {images.event_shape} of {images.pixel_levels}"
+            f"data must have events {flow.event_shape} of {levels or 'no'} levels, as the "
+            f"checkpoint's model; {images.name} has {images.event_shape} of "
+            f"{images.pixel_levels or 'none'}"
         )
     if images.classes > flow.context_features:
         raise UserError(
@@ -162,7 +166,7 @@ def evaluate(options: Evaluate) -> None:
     result, angle = run.measure(flow, split, seed, context)
     if not math.isfinite(result.nll):
         raise Diverged(f"the NLL of {options.checkpoint} on {images.name} is {result.nll}")
-    _report(options.split, asdict(result), mean_angle(angle))
+    _report(options.split, asdict(result), mean_angle(angle), images.event_shape, levels)
     if options.noise is not None:
         _report_bound(options.split, noise_bound(flow, split, options.noise, seed, context))
 
@@ -273,7 +277,7 @@ def _config(options: Train, resumed: dict[str, Any] | None) -> Config:
     return config
 
 
-def _load_flow(path: Path, device: str) -> tuple[Flow, Config, int]:
+def _load_flow(path: Path, device: str) -> tuple[Flow, Config, int | None]:
     """The flow of a checkpoint in evaluation mode, the run's settings, a pixel's levels."""
     content = checkpoint.load(path)
     flow = build_flow(content["model"])
@@ -308,9 +312,22 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _report(split: str, result: dict[str, Any], angle: float | None) -> None:
+def _nats(nll: float, event_shape: tuple[int, ...], levels: int | None) -> str:
+    """With bits/dim of pixels; of continuous data they would depend on the unit of measure."""
+    if levels is None:
+        return f"{nll:.3f} nats"
+    return f"{nll:.2f} nats, {bits_per_dim(nll, event_shape):.3f} bits/dim"
+
+
+def _report(
+    split: str,
+    result: dict[str, Any],
+    angle: float | None,
+    event_shape: tuple[int, ...],
+    levels: int | None,
+) -> None:
     print(
-        f"{split} NLL: {result['nll']:.2f} nats, {result['bits_per_dim']:.3f} bits/dim, exact "
+        f"{split} NLL: {_nats(result['nll'], event_shape, levels)}, exact "
         f"(standard error {result['nll_error']:.2f}, {result['images']} images)"
     )
     layers = ", ".join(f"{name} {value:.3g}" for name, value in result["layer_recon"].items())

@@ -12,7 +12,7 @@ from .backend import BACKENDS
 from .constraint import CONTROLLERS
 from .flow import Flow
 from .training import data
-from .training.config import OBJECTIVES, ON_DIVERGENCE
+from .training.config import AUGMENTS, OBJECTIVES, ON_DIVERGENCE
 from .training.optimizers import OPTIMIZERS
 from .training.trackers import TRACKERS
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     OnDivergenceName: TypeAlias = str
     ControllerName: TypeAlias = str
     TrackerName: TypeAlias = str
+    AugmentName: TypeAlias = str
 else:  # the choices that the help lists
     ModelName = Literal[tuple(MODELS)]
     DataName = Literal[tuple(data.LOADERS)]
@@ -47,6 +48,7 @@ else:  # the choices that the help lists
     OnDivergenceName = Literal[ON_DIVERGENCE]
     ControllerName = Literal[tuple(CONTROLLERS)]
     TrackerName = Literal[tuple(TRACKERS)]
+    AugmentName = Literal[AUGMENTS]
 
 
 @dataclass(frozen=True)
@@ -64,32 +66,41 @@ class Train:
     model_args: tuple[str, ...] = ()
     """Arguments of the architecture, as NAME=VALUE, for example layers=3 linear=exact."""
     data: DataName | None = None
-    """Images to train on; digits if not given."""
+    """What to train on; digits if not given. moons, rings and checkerboard are points in a plane,
+    for fc and autoregressive."""
     data_dir: Path | None = None
-    """For --data mnist the folder of the IDX files; for --data images an .npz file with train_x,
-    test_x (N, H, W, C) uint8 and train_y, test_y, or its folder."""
+    """Where the files are, or a folder that holds the one in brackets. mnist (mnist): IDX files;
+    cifar10 (cifar-10-batches-bin): data_batch_1.bin .. 5, test_batch.bin; imagenet32
+    (Imagenet32_train_npz, Imagenet32_val_npz): npz batches; images (images): an .npz file with
+    train_x, test_x (N, H, W, C) uint8 and train_y, test_y, or its folder. Others need none."""
+    verify: bool = True
+    """Check that files are those of mnist and cifar10 by their checksums; without, other data in
+    the same form will do."""
+    augment: AugmentName | None = None
+    """Random changes of training images: flip left to right, flip-jitter with shifts by up to a
+    pixel too; flip-jitter on cifar10, otherwise none."""
     limit_train: int | None = None
     """Use only the first N training images."""
     epochs: int | None = None
-    """Epochs to train; on digits fc 400, autoregressive 50; otherwise 100 (the paper: fc 6000,
-    conv 1000, glow 250)."""
+    """Epochs to train; on digits fc 400, autoregressive 50; on imagenet32 15, on points 15;
+    otherwise 100 (the paper: fc 6000, conv 1000, glow 250, on cifar10 1000)."""
     batch_size: int | None = None
-    """Images a step; 100."""
+    """Images a step; 100, on imagenet32 64, on points 200."""
     lr: float | None = None
-    """Learning rate; 1e-3, fc on other data than digits 1e-4."""
+    """Learning rate; 1e-3, fc on images other than digits 1e-4, on points 1e-2."""
     recon_weight: float | None = None
     """Weight lambda of the reconstruction penalty. If not given there is no penalty, because
     learned inverses are tracked; with --model-args inverse=penalty it is 1 for fc and conv (digits
-    10) and 100 for glow (images 1000), with a controller the one that it starts from, 1."""
+    10) and 100 for glow (colour images 1000), with a controller the one that it starts from, 1."""
     controller: ControllerName | None = None
     """What moves each layer's lambda to hold its relative reconstruction error; a fixed one if not
     given. Learned inverses are then trained by the penalty."""
     kappa: float | None = None
     """Relative reconstruction error E||e||^2 / E||x||^2 that the controller allows; 2e-3."""
     warmup_epochs: float | None = None
-    """Epochs over which the learning rate rises from 0; 10."""
+    """Epochs over which the learning rate rises from 0; 10, on imagenet32 0, on points 1."""
     clip_norm: float | None = None
-    """Largest gradient norm; no limit if not given, but 10,000 for glow on images."""
+    """Largest gradient norm; no limit if not given, but 10,000 for glow on colour images."""
     optimizer: OptimizerName | None = None
     """Optimizer; adam."""
     objective: ObjectiveName | None = None
@@ -113,7 +124,8 @@ class Train:
     shuffle: bool = True
     """Draw a new order of the training images in every epoch."""
     angle_every: int | None = None
-    """Epochs between measurements of the gradient angle, 0 for never; digits 5, mnist 1."""
+    """Epochs between measurements of the gradient angle, 0 for never; on digits and
+    points 5, else 1."""
     monitor_every: int | None = None
     """Steps between measurements of each layer's gradient angle on the batch that is trained on,
     0 for never; 0. They go to angles.csv and TensorBoard."""
@@ -150,10 +162,15 @@ class Evaluate:
     checkpoint: Path
     """best.pt or last.pt of a run."""
     data: DataName | None = None
-    """Images to measure on; those of the run if not given."""
+    """What to measure on; that of the run if not given."""
     data_dir: Path | None = None
-    """For --data mnist the folder of the IDX files; for --data images an .npz file with train_x,
-    test_x (N, H, W, C) uint8 and train_y, test_y, or its folder."""
+    """Where the files are, or a folder that holds the one in brackets. mnist (mnist): IDX files;
+    cifar10 (cifar-10-batches-bin): data_batch_1.bin .. 5, test_batch.bin; imagenet32
+    (Imagenet32_train_npz, Imagenet32_val_npz): npz batches; images (images): an .npz file with
+    train_x, test_x (N, H, W, C) uint8 and train_y, test_y, or its folder. Others need none."""
+    verify: bool = True
+    """Check that files are those of mnist and cifar10 by their checksums; without, other data in
+    the same form will do."""
     split: Literal["test", "val", "train"] = "test"
     """Which images."""
     seed: int | None = None

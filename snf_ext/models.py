@@ -77,7 +77,7 @@ def fc(
     inverse: str | None = None,
     debias: int | None = None,
     context_features: int = 0,
-    pixel_levels: int = 256,
+    pixel_levels: int | None = 256,
     recon_weight: float = 1.0,
 ) -> Flow:
     """The fully connected flow: linear layers with smooth leaky ReLU (0.3) between them.
@@ -86,7 +86,7 @@ def fc(
     and their Jacobian is counted.
 
     Args:
-        event_shape: of one image.
+        event_shape: of one image or vector.
         layers: number of linear layers.
         linear: ``"self_norm"``, ``"exact"`` or ``"relative"``.
         inverse: how a learned inverse is kept (``"self_norm"`` alone): ``"penalty"`` if None,
@@ -94,7 +94,8 @@ def fc(
         debias: K, terms that correct its gradient (``"self_norm"`` alone); 0 if None.
         context_features: size of the context; where there is one, the base density is a normal
             whose mean and scale depend on it.
-        pixel_levels: number of values a pixel can take.
+        pixel_levels: number of values a pixel can take; None for continuous data, which is taken as
+            it is.
         recon_weight: lambda.
 
     Raises:
@@ -109,7 +110,8 @@ def fc(
     learned = _of_learned_inverse(linear, inverse=inverse, debias=debias)
     _at_least_one(layers=layers)
     features = math.prod(event_shape)
-    bijections = [*preprocessing(pixel_levels), Flatten(event_shape)]
+    pixels = [] if pixel_levels is None else preprocessing(pixel_levels)
+    bijections: list[Bijection] = [*pixels, Flatten(event_shape)]
     for index in range(layers):
         if index:
             bijections.append(SmoothLeakyReLU(0.3))

@@ -6,6 +6,7 @@ import math
 
 from .adapters.families import FAMILIES
 from .adapters.zuko import ZukoBijection
+from .bijection import Bijection
 from .flow import Flow
 from .layers import Flatten, Normalize
 from .layers.preprocessing import preprocessing
@@ -20,7 +21,7 @@ def autoregressive(
     width: int = 64,
     context_features: int = 0,
     *,
-    pixel_levels: int = 256,
+    pixel_levels: int | None = 256,
     recon_weight: float = 0.0,
 ) -> Flow:
     """A flow of zuko behind dequantization, scaling and logit, as the other models have them.
@@ -52,17 +53,18 @@ def autoregressive(
     and gf bisect, 25 evaluations a pass.
 
     Args:
-        event_shape: of one image.
+        event_shape: of one image or vector.
         family: one of the table.
         layers: transforms in the stack; for made and cnf hidden layers.
         width: of hidden layers.
         context_features: C of contexts ``(B, C)``; 0 for none.
-        pixel_levels: number of values a pixel can take.
+        pixel_levels: number of values a pixel can take; None for continuous data, which is taken as
+            it is.
         recon_weight: lambda; no layer here has a learned inverse, so it has no effect.
 
     Raises:
         ValueError: an unknown ``family``, ``layers`` or ``width`` below 1, ``context_features``
-            below 0, or an image of a single element.
+            below 0, or an event of a single element.
         UserError: zuko is not installed.
 
     Source: NNN 10.3; the papers that zuko's documentation names.
@@ -86,9 +88,11 @@ def autoregressive(
     if features < 2:
         raise ValueError(f"event_shape must hold at least 2 elements; got {list(event_shape)}")
     lazy = FAMILIES[family].build(features, context_features, layers, width)
+    pixels: list[Bijection] = []
+    if pixel_levels is not None:
+        pixels = [*preprocessing(pixel_levels), Normalize(0.0, LOGIT_SCALE)]
     bijections = [
-        *preprocessing(pixel_levels),
-        Normalize(0.0, LOGIT_SCALE),
+        *pixels,
         Flatten(event_shape),
         ZukoBijection(lazy, features, context_features),
     ]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import small_flows
 import torch
-from training_runs import CONFIG, DATA, SHAPE, assert_same, images, same_run
+from training_runs import CONFIG, DATA, SHAPE, assert_same, images, new_run, resumed, same_run
 
 import snf_ext
 from snf_ext.training import checkpoint, evaluate
@@ -179,3 +179,15 @@ def test_initialisation_draws_numbers_of_its_own_and_happens_once(tmp_path):
     flow.bijections[2].shift.data += 1
     run.begin()  # what is initialised stays
     torch.testing.assert_close(flow.bijections[2].shift, states[1]["bijections.2.shift"] + 1)
+
+
+@pytest.mark.parametrize("augment", ["flip", "flip-jitter"])
+def test_an_augmented_run_goes_on_with_the_same_bits(tmp_path, augment):
+    config = replace(CONFIG, augment=augment, epochs=4)
+    assert new_run(tmp_path / "whole", config).fit()
+    assert new_run(tmp_path / "cut", replace(config, epochs=2)).fit()
+    assert resumed(tmp_path / "cut", config).fit()
+    same_run(tmp_path / "whole", tmp_path / "cut")
+    assert new_run(tmp_path / "plain", replace(config, augment=None)).fit()
+    with pytest.raises(AssertionError):
+        same_run(tmp_path / "whole", tmp_path / "plain")

@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..constraint import CONTROLLERS, KAPPA
+from .augment import AUGMENTATIONS
 from .errors import UserError
 from .optimizers import OPTIMIZERS
+from .toy import DENSITIES
 from .trackers import TRACKERS
 
 OBJECTIVES = ("nats", "bits")
 ON_DIVERGENCE = ("stop", "rollback")
+AUGMENTS = ("none", *AUGMENTATIONS)  # as asked for: "none" is a request, where None is not one
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Config:
         model: a name in the table of models.
         model_args: keyword arguments for it, beyond those that the data decide.
         data: a name in the table of data sets.
+        augment: how training images are changed at random, a name in the table of augmentations;
+            None for not at all.
         limit_train: use only that many training images.
         epochs: how many times the training images are seen.
         batch_size: images a step; the last step of an epoch may have fewer.
@@ -89,6 +94,7 @@ class Config:
     graph: bool = True
     reversible: bool = False
     track: tuple[str, ...] = ()
+    augment: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -117,6 +123,8 @@ class Config:
             ("on_divergence", ON_DIVERGENCE),
         ):
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        known = self.augment is None or self.augment in AUGMENTATIONS
+        self._require("augment", known, f"one of {', '.join(AUGMENTS)}")
         penalty = self.log_det_penalty
         self._require("log_det_penalty", 0 <= penalty < math.inf, "finite, not negative")
         self._require("actnorm_batches", self.actnorm_batches >= 1, "at least 1")
@@ -170,10 +178,14 @@ _FREE = {
 
 # What a run takes where neither the model nor the request says otherwise.
 _COMMON = {"batch_size": 100, "warmup_epochs": 10.0, "lr": 1e-3, "recon_weight": 1.0}
+_POINTS = {"epochs": 15, "batch_size": 200, "warmup_epochs": 1.0, "lr": 1e-2, "angle_every": 5}
 _DATA: dict[str, dict[str, Any]] = {
     "digits": {"epochs": 400, "angle_every": 5},
     "mnist": {"epochs": 100},
+    "cifar10": {"epochs": 100, "augment": "flip-jitter"},
+    "imagenet32": {"epochs": 15, "batch_size": 64, "warmup_epochs": 0.0},
     "images": {"epochs": 100},
+    **{name: dict(_POINTS) for name in DENSITIES},
 }
 
 # The argument of each model that names its mixing layers, of which "self_norm" learns inverses.
@@ -186,12 +198,16 @@ INVERSE = "tracked"
 # With a controller no lambda is taken from a table: that is its point.
 _CONTROLLED = {"recon_weight": 1.0, "kappa": KAPPA}
 
+_COLOUR = {"recon_weight": 1000.0, "clip_norm": 10_000.0}
+
 # The papers' settings (SNF A.3) but for epochs, and quick ones for digits. There, lambda = 1 lets
 # the angle of fc drift to 30 degrees and back at this learning rate; 10 holds it below 1 and ends
 # nearer to the exact gradient's likelihood.
 DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("fc", "digits"): {"recon_weight": 10.0},
     ("fc", "mnist"): {"lr": 1e-4},
+    ("fc", "cifar10"): {"lr": 1e-4},
+    ("fc", "imagenet32"): {"lr": 1e-4},
     ("fc", "images"): {"lr": 1e-4},
     ("conv", "digits"): {"recon_weight": 10.0, "epochs": 100},
     ("glow", "digits"): {
@@ -201,11 +217,9 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("glow", "mnist"): {"recon_weight": 100.0},
     ("autoregressive", "digits"): {"epochs": 50},
-    ("glow", "images"): {
-        "recon_weight": 1000.0,
-        "clip_norm": 10_000.0,
-        "model_args": {"levels": 3, "steps": 32},
-    },
+    ("glow", "cifar10"): _COLOUR | {"model_args": {"levels": 3, "steps": 32}},
+    ("glow", "imagenet32"): _COLOUR | {"model_args": {"levels": 3, "steps": 48}},
+    ("glow", "images"): _COLOUR | {"model_args": {"levels": 3, "steps": 32}},
 }
 
 
@@ -230,7 +244,7 @@ def resolve(given: dict[str, Any], earlier: Config | None = None) -> Config:
     """The settings of a run from what was asked for.
 
     Args:
-        given: settings by name; None is not asked for.
+        given: settings by name; None is not asked for, and ``augment`` may be "none".
         earlier: the settings of the run that goes on, which fill in what was not asked for.
 
     Raises:
@@ -243,6 +257,8 @@ def resolve(given: dict[str, Any], earlier: Config | None = None) -> Config:
     1.0
     """
     asked = {name: value for name, value in given.items() if value is not None}
+    if asked.get("augment") == "none":
+        asked["augment"] = None
     if earlier is None:
         usual = defaults(asked["model"], asked["data"])
         if "controller" in asked:

@@ -47,6 +47,16 @@ def read_idx(path: Path, event_shape: tuple[int, ...] = (28, 28)) -> Tensor:
         raise UserError(f"{path} must be a whole gzip file; got a damaged one ({error})") from error
 
 
+def header(content: Tensor) -> bytes:
+    """What an IDX file of ``content``, uint8, begins with.
+
+    >>> header(torch.zeros(3, 28, 28, dtype=torch.uint8)).hex()
+    '00000803000000030000001c0000001c'
+    """
+    rank = content.dim()
+    return struct.pack(f">HBB{rank}I", 0, UNSIGNED_BYTE, rank, *content.shape)
+
+
 def _read(path: Path, stream: BinaryIO, event_shape: tuple[int, ...]) -> Tensor:
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0":

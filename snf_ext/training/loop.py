@@ -106,11 +106,13 @@ class Trainer:
         self.device = device_of(flow)
         self.val, self.val_context = data.val.to(self.device), context_of(flow, data.val_labels)
         self.batches = Batches(
-            data.train.to(self.device),
+            data.train,
             config.batch_size,
             config.seed,
             config.shuffle,
             context_of(flow, data.train_labels),
+            device=self.device,
+            augment=config.augment,
         )
         self.gradients = Gradients(flow, config, world)
         graph = can_be_graphed(config, world, self.device) and self.batches.resident
@@ -157,11 +159,11 @@ class Trainer:
         layers = [module for module in self.flow.modules() if isinstance(module, ActNorm)]
         if all(layer.initialized for layer in layers):
             return
-        shown = list(islice(self.batches.stream(1), self.config.actnorm_batches))
-        images = [batch.images for batch in shown]
-        contexts = [batch.context for batch in shown if batch.context is not None] or None
         self.flow.train()
         with seeded(self.device, self.config.seed, "actnorm"):
+            shown = list(islice(self.batches.stream(1), self.config.actnorm_batches))
+            images = [batch.images for batch in shown]
+            contexts = [batch.context for batch in shown if batch.context is not None] or None
             initialize(OwnShare(self.flow, self.world), images, contexts)
 
     def resume(self, content: dict[str, Any], path: Path) -> None:

@@ -14,7 +14,7 @@ from .errors import UserError, require
 
 
 def find_npz(path: Path) -> Path:
-    """``path`` itself, or the one ``.npz`` file in it if it is a folder.
+    """``path`` itself; of a folder the one ``.npz`` file in it, or else in ``images`` under it.
 
     Raises:
         FileNotFoundError: there is no such path.
@@ -25,7 +25,7 @@ def find_npz(path: Path) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; an .npz file of images must be there")
         return path
-    found = sorted(path.glob("*.npz"))
+    found = sorted(path.glob("*.npz")) or sorted(path.glob("images/*.npz"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise UserError(f"{path} must hold one .npz file, or --data-dir name it; got {names}")

@@ -1,4 +1,7 @@
-"""Pictures of a run, as PNG files: samples, reconstructions, curves."""
+"""Pictures of a run, as PNG files: samples, reconstructions, curves.
+
+Images are shown as grids, points in a plane by :mod:`snf_ext.training.scatter`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..flow import Flow
+from . import scatter
 from .checkpoint import write_aside
 from .context import context_of, rows_of_classes
 from .errors import require
@@ -56,28 +60,30 @@ def grid(images: Tensor, pixel_levels: int, columns: int | None = None) -> Tenso
 def save_samples(
     path: Path,
     flow: Flow,
-    pixel_levels: int,
+    pixel_levels: int | None,
     count: int = 64,
     seed: int = 0,
     temperature: float = 1.0,
     sides: tuple[str, ...] = ("learned", "exact"),
     label: int | None = None,
     refine: int = 0,
+    data: Tensor | None = None,
 ) -> None:
     """Samples from one noise, by the learned and by the exact inverse side by side (SNF Figure 2).
 
     Args:
         path: the PNG file.
-        flow: with images as events.
-        pixel_levels: number of values of a pixel.
+        flow: with images or points in a plane as events; beside those stands their density.
+        pixel_levels: number of values of a pixel; None for points.
         count: samples a side.
         seed: of the noise.
         temperature: standard deviation of the noise.
         sides: which inverses to show, of "learned", "exact" and "refined".
         label: the class of all samples of a conditional flow; one row a class if None.
         refine: steps of the refined inverses.
+        data: points, of which as many are shown beside the samples.
     """
-    device, panels = device_of(flow), {}
+    device, samples = device_of(flow), {}
     labels, columns, kind = None, None, ""
     if label is not None:
         labels, kind = torch.full((count,), label), f" of class {label}"
@@ -87,15 +93,19 @@ def save_samples(
     context = context_of(flow, labels)
     for side in sides:
         with seeded(device, seed, "sample"):
-            images = flow.sample(
+            samples[f"{side} inverse"] = flow.sample(
                 count,
                 context,
                 exact=side == "exact",
                 temperature=temperature,
                 refine=refine if side == "refined" else 0,
             )
-        panels[f"{side} inverse" + _not_finite(images)] = grid(images, pixel_levels, columns)
-    _save_panels(path, f"{count} samples{kind} from the same noise", panels)
+    title = f"{count} samples{kind} from the same noise"
+    if pixel_levels is None:
+        shown = {} if data is None else {"data": data[:count]}
+        _save(path, scatter.points(title, shown | samples, None if context is not None else flow))
+        return
+    _save_panels(path, title, samples, pixel_levels, columns)
 
 
 @torch.no_grad()
@@ -103,17 +113,17 @@ def save_reconstructions(
     path: Path,
     flow: Flow,
     images: Tensor,
-    pixel_levels: int,
+    pixel_levels: int | None,
     seed: int = 0,
     context: Tensor | None = None,
 ) -> None:
-    """Images, and what the learned and the exact inverse make of their noise.
+    """Images or points, and what the learned and the exact inverse make of their noise.
 
     Args:
         path: the PNG file.
-        flow: with images as events.
-        images: raw, ``(N, C, H, W)``.
-        pixel_levels: number of values of a pixel.
+        flow: with images or points in a plane as events.
+        images: raw, ``(N, C, H, W)`` or ``(N, 2)``.
+        pixel_levels: number of values of a pixel; None for points.
         seed: of the dequantization.
         context: of each image, for a conditional flow.
     """
@@ -122,12 +132,12 @@ def save_reconstructions(
         z = flow.eval()(images.to(device), context).z
         flow.train(training)
     learned, exact = flow.inverse(z, context), flow.inverse(z, context, exact=True)
-    panels = {
-        "data": grid(images, pixel_levels),
-        "learned inverse" + _not_finite(learned): grid(learned, pixel_levels),
-        "exact inverse" + _not_finite(exact): grid(exact, pixel_levels),
-    }
-    _save_panels(path, "reconstructions x → z → x", panels)
+    panels = {"data": images, "learned inverse": learned, "exact inverse": exact}
+    title = "reconstructions x → z → x"
+    if pixel_levels is None:
+        _save(path, scatter.points(title, panels))
+        return
+    _save_panels(path, title, panels, pixel_levels)
 
 
 def save_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
@@ -151,19 +161,21 @@ def save_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
     _save(path, figure)
 
 
-def _not_finite(images: Tensor) -> str:
-    bad = int((~images.flatten(1).isfinite().all(1)).sum())
-    return f" ({bad} not finite)" if bad else ""
-
-
-def _save_panels(path: Path, title: str, panels: dict[str, Tensor]) -> None:
+def _save_panels(
+    path: Path,
+    title: str,
+    panels: dict[str, Tensor],
+    pixel_levels: int,
+    columns: int | None = None,
+) -> None:
     width = 4 * len(panels)
     figure = require("matplotlib.figure").Figure(figsize=(width, 4.6), layout="constrained")
     figure.suptitle(title)
     every = figure.subplots(1, len(panels), squeeze=False).flat
-    for axes, (name, picture) in zip(every, panels.items(), strict=True):
-        axes.set_title(name)
+    for axes, (name, images) in zip(every, panels.items(), strict=True):
+        axes.set_title(name + scatter.not_finite(images))
         axes.axis("off")
+        picture = grid(images, pixel_levels, columns)
         single = picture.shape[2] == 1
         shown = picture[:, :, 0] if single else picture
         axes.imshow(shown.numpy(), cmap="gray" if single else None, vmin=0, vmax=1)

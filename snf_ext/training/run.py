@@ -23,6 +23,7 @@ from .data import Dataset
 from .errors import UserError, require
 from .evaluate import Evaluation, device_of, evaluate
 from .loop import MONITORED, Trainer
+from .scatter import POINTS
 from .seeds import seeded
 from .world import ALONE, World
 
@@ -198,11 +199,19 @@ def draw(trainer: Trainer) -> None:
     pictures.save_curves(folder / "curves.png", trainer.history, title)
     rows = flow.context_features or 1  # one a class, all of the same length
     count = -(-PICTURED // rows) * rows
-    pictures.save_samples(folder / "samples.png", flow, data.pixel_levels, count, seed)
+    points = data.test[:POINTS] if data.pixel_levels is None else None
+    pictures.save_samples(
+        folder / "samples.png",
+        flow,
+        data.pixel_levels,
+        count if points is None else len(points),
+        seed,
+        data=points,
+    )
     pictures.save_reconstructions(
         folder / "reconstructions.png",
         flow,
-        data.test[:PICTURED],
+        data.test[:PICTURED] if points is None else points,
         data.pixel_levels,
         seed,
         None if context is None else context[:PICTURED],
