@@ -10,7 +10,8 @@ that a CPU does it in minutes:
 - penalty: batches of 8 at a learning rate where training without the penalty diverges within 400
   steps, with and without it (SFM 4.1, Table 2), and what becomes of the determinants.
 
-A run ends as diverged where its objective is not finite or over 1,000 bits/dim.
+A run ends as diverged where its objective is not finite or over 1,000 bits/dim; the loop is that of
+:mod:`snf_ext.experiments.stability`.
 
 Source: Tatsunami and Taki, "Methods for stabilizing flow-based generative models" (SFM).
 """
@@ -21,39 +22,19 @@ import argparse
 import json
 import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import snf_ext
+from snf_ext.experiments.stability import DIVERGED, Run, train
 from snf_ext.training.checkpoint import write_aside
 from snf_ext.training.data import load_images
 
 from . import report
 
-DIVERGED = 1000.0  # bits/dim
-
-
-@dataclass(frozen=True)
-class Run:
-    """The settings of one run."""
-
-    experiment: str
-    name: str
-    batch_size: int
-    lr: float
-    penalty: float
-    init_images: int  # that actnorm starts from
-    coupling: str = "additive"
-    levels: int = 4
-    steps: int = 16
-    width: int = 64
-
+__all__ = ["DIVERGED", "RUNS", "Run", "draw", "main", "train"]
 
 ONE = {"experiment": "actnorm", "batch_size": 1, "lr": 1e-5, "penalty": 1e-3}
 MANY = {
@@ -73,57 +54,6 @@ RUNS = (
         for penalty in (0.0, 1e-7, 1e-6, 1e-5)
     ),
 )
-
-
-def train(settings: Run, images: Tensor, updates: int, seed: int) -> dict[str, Any]:
-    """One run: bits/dim of every step, and each coupling's largest |output| after one update."""
-    torch.manual_seed(seed)
-    flow = snf_ext.models.glow(
-        tuple(images.shape[1:]),
-        settings.levels,
-        settings.steps,
-        settings.width,
-        "lu",
-        coupling=settings.coupling,
-    ).train()
-    start, rest = images[: settings.init_images], images[settings.init_images :]
-    # In parts only for speed: the statistics are those of all images together.
-    snf_ext.layers.initialize(flow, list(start.float().split(32)))
-    optimizer = torch.optim.RAdam(flow.parameters(), lr=settings.lr, betas=(0.9, 0.999), eps=1e-8)
-    bits: list[float] = []
-    outputs: list[float] = []
-    dets: list[float] = []
-    began = time.perf_counter()
-    for update, batch in enumerate(_batches(rest, settings.batch_size)):
-        if update == updates:
-            break
-        optimizer.zero_grad()
-        with snf_ext.layers.coupling_outputs(flow) as largest:
-            loss = flow.loss(batch.float(), bits_per_dim=True)
-        if update == 1:
-            outputs = [value.item() for value in largest.values()]
-        bits.append(loss.item())
-        if not abs(bits[-1]) < DIVERGED:
-            break
-        squares = flow.squared_log_dets()
-        dets.append(squares.item())
-        loss = loss + settings.penalty * squares
-        loss.backward()
-        optimizer.step()
-    diverged = not abs(bits[-1]) < DIVERGED
-    return {
-        "settings": asdict(settings),
-        "diverged_at": len(bits) - 1 if diverged else None,
-        "bits_per_dim": [value if math.isfinite(value) else None for value in bits],
-        "largest_outputs_after_one_update": [v if math.isfinite(v) else None for v in outputs],
-        "squared_log_dets": {"first": dets[0], "largest": max(dets), "last": dets[-1]},
-        "seconds": time.perf_counter() - began,
-    }
-
-
-def _batches(images: Tensor, size: int) -> Any:
-    while True:
-        yield from images.split(size)
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

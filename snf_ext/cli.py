@@ -1,4 +1,4 @@
-"""The command line: ``snf-ext train | evaluate | sample``, each with ``--help``."""
+"""The command line: ``snf-ext train | evaluate | sample | reproduce``, each with ``--help``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cli_reproduce
 from .backend import use_backend
 from .cli_options import (
     CONTEXT,
@@ -25,7 +26,9 @@ from .cli_options import (
     Sample,
     Train,
 )
+from .cli_reproduce import Reproduce
 from .constraint import CONTROLLERS, constrain
+from .experiments import Failed
 from .flow import Flow
 from .training import checkpoint, data, pictures, run
 from .training.angle import left_out, mean_angle
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status.
 
     0: done. 2: the request or a file cannot be used, one line on stderr says why. 1: training
-    diverged. 128 + n: stopped by signal n.
+    diverged, or a run of an experiment failed. 128 + n: stopped by signal n.
     """
     try:
         options = _parse(argv)
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(stop), 128 + stop.number)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except Diverged as error:
+    except (Diverged, Failed) as error:
         return _fail(str(error), 1)
     except (UserError, OSError) as error:
         return _fail(str(error), 2)
@@ -88,8 +91,7 @@ def _backend(name: str | None) -> AbstractContextManager[Any]:
 def train(options: Train) -> None:
     """``snf-ext train``."""
     run.check_extras()
-    if options.threads is not None and options.threads < 1:
-        raise UserError(f"threads must be at least 1; got {options.threads}")
+    _check_threads(options.threads)
     device = local_device(_device(options.device))
     with joined(device) as world:
         _train(options, device, world)
@@ -201,7 +203,21 @@ def sample(options: Sample) -> None:
     print(f"samples: {options.out}")
 
 
-COMMANDS: dict[type, Callable[[Any], None]] = {Train: train, Evaluate: evaluate, Sample: sample}
+def reproduce(options: Reproduce) -> None:
+    """``snf-ext reproduce``."""
+    run.check_extras()
+    _check_threads(options.threads)
+    pixels = SMALL_IMAGE if options.scale == "smoke" else SMALL_IMAGE + 1
+    with _threads(options.threads, pixels):
+        cli_reproduce.reproduce(options, build_flow, _device(options.device))
+
+
+COMMANDS: dict[type, Callable[[Any], None]] = {
+    Train: train,
+    Evaluate: evaluate,
+    Sample: sample,
+    Reproduce: reproduce,
+}
 
 
 def build_flow(model: dict[str, Any]) -> Flow:
@@ -284,6 +300,11 @@ def _load_flow(path: Path, device: str) -> tuple[Flow, Config, int | None]:
     checkpoint.load_weights(flow, content, path)
     levels = content["model"]["settings"].get("pixel_levels", 256)
     return flow.to(_device(device)).eval(), Config.from_dict(content["config"]), levels
+
+
+def _check_threads(asked: int | None) -> None:
+    if asked is not None and asked < 1:
+        raise UserError(f"threads must be at least 1; got {asked}")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 # Last in the path, so that an installed package is not shadowed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+import snf_ext
 from bench import glow_mnist, report, sfm_stability
 
 SMALL = sfm_stability.Run(
@@ -66,14 +67,14 @@ def test_the_penalty_holds_determinants_near_one():
         settings = dataclasses.replace(SMALL, penalty=penalty, lr=1e-2)
         torch.manual_seed(0)
         flows = []
-        make = sfm_stability.snf_ext.models.glow
+        make = snf_ext.models.glow
 
         def remember(*args, make=make, flows=flows, **kwargs):
             flows.append(make(*args, **kwargs))
             return flows[-1]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sfm_stability.snf_ext.models, "glow", remember)
+            patch.setattr(snf_ext.models, "glow", remember)
             sfm_stability.train(settings, images(60), updates=25, seed=0)
         ends.append(flows[0].squared_log_dets().item())
     assert ends[1] < 0.1 * ends[0]

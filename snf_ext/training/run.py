@@ -119,6 +119,7 @@ def train(
     device: torch.device | None = None,
     progress: bool = True,
     world: World = ALONE,
+    pictured: bool = True,
 ) -> dict[str, Any]:
     """Train, then measure the best epoch on the test images and draw pictures.
 
@@ -132,6 +133,7 @@ def train(
         device: where to train; the CPU if None.
         progress: show it on stderr.
         world: the processes that train together; each calls this, and gets the same.
+        pictured: draw pictures.
 
     Returns:
         What ``result.json`` holds: the best epoch, exact test NLL before and after (nats and
@@ -162,10 +164,10 @@ def train(
             f"stopped after {trainer.epoch} of {config.epochs} epochs; "
             f"go on with --resume --run-dir {folder}",
         )
-    return finish(trainer)
+    return finish(trainer, pictured)
 
 
-def finish(trainer: Trainer) -> dict[str, Any]:
+def finish(trainer: Trainer, pictured: bool = True) -> dict[str, Any]:
     """Measure and draw the best epoch; writes ``result.json`` and the pictures."""
     flow, data, folder = trainer.flow, trainer.data, trainer.folder
     seed, best = trainer.config.seed, folder / "best.pt"
@@ -187,7 +189,8 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     }
     if world.first:
         checkpoint.write_json(folder / "result.json", result)
-        draw(trainer)
+        if pictured:
+            draw(trainer)
     return result
 
 

@@ -1,0 +1,107 @@
+"""Rows that are training runs, each in a folder as ``snf-ext train`` makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..training import run
+from ..training.config import Config
+from ..training.data import Dataset
+from .folders import read_json
+from .plan import Numbers, Place, Row, Unit
+
+Extra = Callable[[Path, dict[str, Any], Dataset, int, Place], Numbers]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Runs of the training loop; the numbers are those of the best epoch on the test images.
+
+    Args:
+        history: columns of the history that are kept with the numbers.
+        extra: further numbers, from the folder, the model, the data and the seed.
+    """
+
+    history: tuple[str, ...] = ()
+    extra: Extra | None = None
+    seeded: bool = True
+
+    def data(self, rows: Sequence[Row]) -> set[str]:
+        """The data sets of the rows."""
+        return {row.data for row in rows}
+
+    def units(self, rows: Sequence[Row], seeds: int) -> list[Unit]:
+        """One run a row and seed."""
+        return [
+            Unit(
+                (row.name,),
+                seed,
+                f"{row.name}/seed-{seed}",
+                config_of(row, seed).to_dict(),
+                partial(self._perform, row, seed),
+            )
+            for row in rows
+            for seed in range(seeds)
+        ]
+
+    def _perform(self, row: Row, seed: int, folder: Path, place: Place) -> dict[str, Numbers]:
+        config = config_of(row, seed)
+        data = place.data[row.data].limit_train(config.limit_train)
+        model = model_of(config, data)
+        # Before its first checkpoint a run has nothing to go on from, and starts again.
+        last = run.open_folder(folder)[1] if (folder / "last.pt").is_file() else None
+        result = run.train(
+            config,
+            data,
+            model,
+            place.build,
+            folder,
+            last,
+            place.device,
+            place.progress,
+            pictured=place.pictured,
+        )
+        numbers: Numbers = {
+            "nll": result["test"]["nll"],
+            "bits_per_dim": result["test"]["bits_per_dim"],
+            "nll_error": result["test"]["nll_error"],
+            "start_nll": result["start_test_nll"],
+            "reconstruction": result["test"]["reconstruction"],
+            "angle": result["angle"],
+            "epochs": result["epochs"],
+            "best_epoch": result["best_epoch"],
+            "seconds": result["seconds"],
+        }
+        if self.history:
+            history = read_json(folder / "history.json")
+            numbers["history"] = {
+                name: [entry.get(name) for entry in history] for name in self.history
+            }
+        if self.extra:
+            numbers |= self.extra(folder, model, data, seed, place)
+        return {row.name: numbers}
+
+
+def config_of(row: Row, seed: int) -> Config:
+    """The settings of a row's run."""
+    return Config(
+        model=row.model,
+        data=row.data,
+        model_args=dict(row.model_args),
+        seed=seed,
+        **{"angle_every": 0, **row.settings},
+    )
+
+
+def model_of(config: Config, data: Dataset) -> dict[str, Any]:
+    """What a checkpoint keeps to build the flow again."""
+    shape = {"event_shape": data.event_shape, "pixel_levels": data.pixel_levels}
+    model: dict[str, Any] = {"name": config.model, "settings": {**shape, **config.model_args}}
+    if config.controller is not None:
+        start = {"kappa": config.kappa, "recon_weight": config.recon_weight}
+        model["controller"] = {"name": config.controller, "settings": start}
+    return model
