@@ -122,6 +122,7 @@ def test_table2_is_the_papers():
         row = found[name]
         assert settings(row).items() >= wanted.items()
         assert row.data == name.partition("-")[0]
+        assert settings(row)["augment"] == ("flip-jitter" if row.data == "cifar10" else None)
         size = {"levels": 3, "steps": steps, "width": 512}
         assert dict(row.model_args).items() >= size.items()
         assert row.model_args["mixing"] == ("self_norm" if "snf" in name else "plain")

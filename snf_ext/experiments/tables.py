@@ -19,9 +19,17 @@ COMMON: dict[str, Any] = {"batch_size": 100, "warmup_epochs": 10.0, "limit_train
 FC = {**COMMON, "epochs": 6000, "lr": 1e-4, "recon_weight": 1.0}
 CONV = {**COMMON, "epochs": 1000, "lr": 1e-3, "recon_weight": 1.0}
 GLOW = {**COMMON, "epochs": 250, "lr": 1e-3, "recon_weight": 100.0}
-CIFAR = {**COMMON, "epochs": 1000, "lr": 1e-3, "recon_weight": 1000.0, "clip_norm": None}
+CIFAR = {
+    **COMMON,
+    "epochs": 1000,
+    "lr": 1e-3,
+    "recon_weight": 1000.0,
+    "clip_norm": None,
+    "augment": "flip-jitter",
+}
 IMAGENET = {
     **CIFAR,
+    "augment": None,
     "epochs": 15,
     "batch_size": 64,
     "warmup_epochs": 0.0,
@@ -39,7 +47,7 @@ GLOW_REDUCED = {
 }
 CIFAR_REDUCED = {
     "cpu": {"data": "images", "epochs": 4, "warmup_epochs": 0.5, "steps": 4, "width": 32},
-    "smoke": {**SMOKE, **SMALL_GLOW},
+    "smoke": {**SMOKE, **SMALL_GLOW, "augment": None},
 }
 IMAGENET_REDUCED = {
     "cpu": {"data": "images", "epochs": 4, "steps": 6, "width": 32},
@@ -107,6 +115,13 @@ TABLE1 = Experiment(
         EXACT_CONV,
         GLOW_16K,
         SNF_GLOW,
+        ours(
+            conv(
+                *("conv-snf-5x5", "SNF conv, 5×5 inverse"),
+                **{"conv": "self_norm", "inverse_kernel_size": 5, **PENALTY},
+            )
+        ),
+        ours(glow("glow-lu", "Glow 2L-16K, LU", mixing="lu")),
         ours(fc("fc-tracked", "SNF FC, tracked inverse", linear="self_norm", **TRACKED)),
         ours(conv("conv-tracked", "SNF conv, tracked inverse", conv="self_norm", **TRACKED)),
         ours(glow("glow-tracked", "SNF Glow, tracked inverse", mixing="self_norm", **TRACKED)),
