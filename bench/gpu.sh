@@ -11,6 +11,11 @@
 #
 # Variables: SNF_GPU_BUDGET_S, seconds for everything (540); SNF_COMMIT, the commit where the
 # working tree has no history; PYTHON, the interpreter (python, or python3); MAX_JOBS, compilers.
+#
+# SNF_TABLE1=DIR builds and then does one thing: the fully connected row of the paper's Table 1 at
+# full scale, one seed, from MNIST in DIR, into OUT/reproduced. That is 6,000 epochs, which may need
+# more than one call: SNF_EARLIER, the OUT/reproduced of the call before, is where it goes on. Needs
+# the packages of the extra [train] too.
 set -uo pipefail
 
 [ $# = 1 ] || { echo "usage: bench/gpu.sh OUT" >&2; exit 2; }
@@ -98,6 +103,14 @@ nvcc --version 2>&1 | tail -n 2
 section device 60 "$python" -m bench.report cuda && cat "$out/logs/device.log"
 section build 270 env SNF_EXT_REQUIRE_EXT=1 FORCE_CUDA=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}" \
   "$python" setup.py build_ext --inplace
+if [ -n "${SNF_TABLE1:-}" ]; then
+  [ -z "${SNF_EARLIER:-}" ] || cp -r "$SNF_EARLIER" "$out/reproduced"
+  section table1 "$budget" "$python" -m snf_ext reproduce table1 --only fc-snf --seeds 1 \
+    --data-dir "$SNF_TABLE1" --out "$out/reproduced" --device cuda --no-progress
+  printf '%s\n' "${table[@]}" >"$out/summary.txt"
+  cat "$out/summary.txt"
+  exit $failed
+fi
 section tests 120 "${tests[@]}" tests --junitxml "$out/logs/tests.xml"
 if compgen -G "tests/test_graphed*.py" >/dev/null; then
   section graph 60 "${tests[@]}" tests/test_graphed*.py

@@ -123,6 +123,9 @@ class Train:
     """Seed of initialisation, order and noise; 0."""
     shuffle: bool = True
     """Draw a new order of the training images in every epoch."""
+    evaluate_every: int | None = None
+    """Epochs between measurements on validation images, each with a checkpoint; 1. More where steps
+    are so fast that these take longer."""
     angle_every: int | None = None
     """Epochs between measurements of the gradient angle, 0 for never; on digits and
     points 5, else 1."""

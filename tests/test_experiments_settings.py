@@ -11,6 +11,7 @@ from snf_ext.cli_options import MODELS
 from snf_ext.experiments import EXPERIMENTS
 from snf_ext.experiments.plan import reductions
 from snf_ext.experiments.trained import Trained, config_of
+from snf_ext.layers import LUConv1x1
 
 NAMES = list(EXPERIMENTS)
 # SNF A.3.
@@ -97,14 +98,20 @@ def test_table1_is_the_papers():
         assert all(weight.requires_grad for weight in learned)  # by the penalty, as in the paper
 
 
-def test_table1_has_our_own_inverse_marked_as_ours():
-    own = [row for row in EXPERIMENTS["table1"].rows if row.ours]
-    assert [row.name for row in own] == ["fc-tracked", "conv-tracked", "glow-tracked"]
-    for row in own:
-        assert not row.paper
-        inverses = [m.weight_inv for m in model(row).modules() if hasattr(m, "weight_inv")]
+def test_table1_has_rows_of_our_own_marked_as_ours():
+    own = {row.name: row for row in EXPERIMENTS["table1"].rows if row.ours}
+    assert not any(row.paper for row in own.values())
+    for name in ("fc-tracked", "conv-tracked", "glow-tracked"):
+        layers = model(own.pop(name)).modules()
+        inverses = [layer.weight_inv for layer in layers if hasattr(layer, "weight_inv")]
         assert inverses
         assert not any(weight.requires_grad for weight in inverses)
+    wide = model(own.pop("conv-snf-5x5"))
+    kernels = [m.weight_inv.shape[2:] for m in wide.modules() if hasattr(m, "weight_inv")]
+    assert kernels == [(5, 5)] * 9
+    mixing = [m for m in model(own.pop("glow-lu")).modules() if isinstance(m, LUConv1x1)]
+    assert len(mixing) == 32
+    assert not own
 
 
 def test_glow_of_mnist_is_2_levels_of_16_steps_of_width_512():

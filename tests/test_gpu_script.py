@@ -68,6 +68,22 @@ def test_script_goes_on_after_failures_and_stops_at_the_deadline(tmp_path):
     assert "--device cuda --graph --compile" in conv
 
 
+def test_script_trains_a_row_of_table_1_alone(tmp_path, monkeypatch):
+    (tmp_path / "earlier" / "table1").mkdir(parents=True)
+    monkeypatch.setenv("SNF_TABLE1", "/data")
+    monkeypatch.setenv("SNF_EARLIER", str(tmp_path / "earlier"))
+    done, sections, calls = run_script(tmp_path, budget=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(sections) == ["device", "build", "table1"]
+    trained = calls[-1]
+    assert trained.startswith(
+        "-m snf_ext reproduce table1 --only fc-snf --seeds 1 --data-dir /data"
+    )
+    assert trained.endswith(f"--out {tmp_path}/out/reproduced --device cuda --no-progress")
+    assert (tmp_path / "out/reproduced/table1").is_dir()  # goes on from there
+    assert not any("-m pytest" in call or "bench.compare" in call for call in calls)
+
+
 def test_script_without_time_runs_nothing(tmp_path):
     done, sections, calls = run_script(tmp_path, budget=0)
     assert done.returncode == 1

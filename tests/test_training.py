@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def whole(tmp_path_factory):
         ("recon_weight", -1.0, "finite, not negative"),
         ("warmup_epochs", float("inf"), "finite, not negative"),
         ("clip_norm", 0.0, "positive"),
+        ("evaluate_every", 0, "at least 1"),
         ("angle_every", -1, "at least 0"),
         ("monitor_every", -1, "at least 0"),
         ("check_every", -1, "at least 0"),
@@ -299,6 +301,28 @@ def test_cut_off_between_two_files(whole, tmp_path, monkeypatch, lost):
     same_run(whole, tmp_path)
     history = json.loads((tmp_path / "history.json").read_text())
     assert [row["epoch"] for row in history] == list(range(6))
+
+
+def test_measuring_less_often_changes_nothing_else(whole, tmp_path):
+    config = replace(CONFIG, evaluate_every=3, epochs=8, monitor_every=4)
+    every = replace(config, evaluate_every=1)
+    assert new_run(tmp_path / "every", every).fit()
+    assert new_run(tmp_path / "some", config).fit()
+    rows = {name: read_history(tmp_path / name) for name in ("every", "some")}
+    assert [row["epoch"] for row in rows["some"]] == [0, 3, 6, 8]
+    for row in rows["some"]:
+        other = rows["every"][row["epoch"]]
+        assert {**row, "seconds": 0} == {**other, "seconds": 0}
+    assert all(a["seconds"] < b["seconds"] for a, b in pairwise(rows["some"]))
+    assert (tmp_path / "some/angles.csv").read_text() == (tmp_path / "every/angles.csv").read_text()
+    # Cut off between two checkpoints: what is done again is the same.
+    assert new_run(tmp_path / "cut", replace(config, epochs=6)).fit()
+    assert resumed(tmp_path / "cut", config).fit()
+    same_run(tmp_path / "some", tmp_path / "cut")
+
+
+def read_history(folder):
+    return json.loads((folder / "history.json").read_text())
 
 
 def test_nothing_left_to_do(whole, tmp_path):

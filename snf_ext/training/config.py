@@ -41,7 +41,9 @@ class Config:
         clip_norm: largest gradient norm, None to leave it.
         seed: of initialisation, order and noise.
         shuffle: new order in every epoch, or the order of the file.
-        angle_every: epochs between measurements of the gradient angle on validation images, 0 for
+        evaluate_every: epochs between measurements on validation images and checkpoints; the last
+            epoch has one always.
+        angle_every: the gradient angle is measured there too in epochs that this divides, 0 for
             never.
         monitor_every: steps between measurements of each layer's gradient angle on the batch that
             is trained on, 0 for never.
@@ -80,6 +82,7 @@ class Config:
     seed: int = 0
     shuffle: bool = True
     limit_train: int | None = None
+    evaluate_every: int = 1
     angle_every: int = 1
     monitor_every: int = 0
     check_every: int = 100
@@ -114,6 +117,7 @@ class Config:
             self._require("kappa", 0 < kappa < math.inf, "positive and finite with a controller")
         self._require("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "finite, not negative")
         self._require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "positive")
+        self._require("evaluate_every", self.evaluate_every >= 1, "at least 1")
         self._require("angle_every", self.angle_every >= 0, "at least 0")
         self._require("monitor_every", self.monitor_every >= 0, "at least 0")
         self._require("check_every", self.check_every >= 0, "at least 0")
@@ -167,6 +171,7 @@ class Config:
 # Which settings may differ when a run goes on: those that leave the finished epochs as they are.
 _FREE = {
     "epochs",
+    "evaluate_every",
     "angle_every",
     "monitor_every",
     "check_every",

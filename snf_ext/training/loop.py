@@ -48,12 +48,14 @@ MONITORED = 500
 class Trainer:
     """Trains a flow and leaves a folder from which training can always go on.
 
-    After every epoch the folder holds ``last.pt`` (all that resuming needs), ``best.pt`` (the
-    weights of the lowest validation NLL), ``history.json`` and, if steps are monitored,
-    ``angles.csv`` (see :class:`AngleLog`). An epoch depends on the seed, its number and the state
-    before it, and on nothing else: a run that was killed and resumed has on the CPU the same bits
-    as one that was not. What :class:`DivergenceGuard` finds ends training, or rolls it back
-    (:func:`roll_back`; ``rollbacks`` has the rows).
+    After every epoch, or every so many (``evaluate_every``), the folder holds ``last.pt`` (all that
+    resuming needs), ``best.pt`` (the weights of the lowest validation NLL), ``history.json`` and,
+    if steps are monitored, ``angles.csv`` (see :class:`AngleLog`).
+
+    An epoch depends on the seed, its number and the state before it, and on nothing else: a run
+    that was killed and resumed has on the CPU the same bits as one that was not. What
+    :class:`DivergenceGuard` finds ends training, or rolls it back (:func:`roll_back`;
+    ``rollbacks`` has the rows).
 
     Where several processes train together each has its own trainer, all take the same steps and
     come to the same decisions, and the first one writes. On a GPU steps are replayed as CUDA graphs
@@ -64,7 +66,7 @@ class Trainer:
 
         epoch, step     counted from 1; row 0 is the untrained flow
         lr              learning rate of the last step
-        train_loss      mean objective of the epoch (no likelihood), in the objective's unit; None
+        train_loss      mean objective of that epoch (no likelihood), in the objective's unit; None
                         in row 0
         val_nll         exact, in nats; val_bits_per_dim the same in bits
         recon           reconstruction error on the first validation images
@@ -215,7 +217,7 @@ class Trainer:
 
     def _run(self) -> None:
         """Train on, to the last epoch, a signal, or a failure."""
-        engine = self._engine()
+        engine, self._clock = self._engine(), 0.0  # that of the steps since the last measurement
         with ExitStack() as stack:  # one that cannot be opened is everyone's error
             self.world.from_first(partial(self._open_trackers, stack))
             with (
@@ -263,7 +265,7 @@ class Trainer:
         torch.manual_seed(derive_seed(self.config.seed, "epoch", engine.state.epoch))
         self.flow.train()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._clock = time.perf_counter()
+        self._clock = self._clock or time.perf_counter()
 
     def _step(self, engine: Any, item: Batch | Tensor) -> float | Tensor:
         step = engine.state.iteration
@@ -332,14 +334,17 @@ class Trainer:
 
     def _after_epoch(self, engine: Any) -> None:
         state = engine.state
-        seconds = self.history[-1]["seconds"] + time.perf_counter() - self._clock
+        if state.epoch % self.config.evaluate_every and state.epoch < self.config.epochs:
+            return
+        loss = self._loss_sum.item() / len(self.batches.images)  # waits for a GPU
         row = {
             "epoch": state.epoch,
             "step": state.iteration,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "train_loss": self._loss_sum.item() / len(self.batches.images),
-            "seconds": seconds,
+            "train_loss": loss,
+            "seconds": self.history[-1]["seconds"] + time.perf_counter() - self._clock,
         }
+        self._clock = 0.0
         try:
             self._finish_epoch(row)
         except Diverged as failure:
