@@ -48,6 +48,20 @@ def test_done_rows_are_not_done_again(tmp_path, trained):  # noqa: F811
     assert [len(row_of(more, name)["runs"]) for name in (*FC, "glow")] == [2, 3, 0]
 
 
+def test_the_same_run_in_another_experiment_is_taken_over(tmp_path):
+    table = reproduce(tmp_path, only=FC)
+    figure = reproduce(tmp_path, "figure5", only=FC)
+    for name in FC:
+        (one,), (two,) = (row_of(record, name)["runs"] for record in (table, figure))
+        assert one["seconds"] == two["seconds"]  # of the same steps
+        assert one["nll"] == two["nll"]
+        assert two["history"]["seconds"][-1] == two["seconds"]
+    other = reproduce(tmp_path, "figure5", only=["conv-snf"])  # nobody has done it
+    assert row_of(other, "conv-snf")["runs"][0]["seconds"] > 0
+    longer = reproduce(tmp_path / "longer", "figure5", only=FC, epochs=2)
+    assert row_of(longer, FC[0])["runs"][0]["epochs"] == 2
+
+
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_a_run_that_was_cut_off_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch, epoch):
     whole = reproduce(tmp_path / "whole", only=["fc-snf"], epochs=3)

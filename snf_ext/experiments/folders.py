@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..training.checkpoint import write_json
+from ..training.checkpoint import write_aside, write_json
 from ..training.errors import UserError
 
-SETTINGS, OUTCOME = "settings.json", "outcome.json"
+SETTINGS, OUTCOME, LAST = "settings.json", "outcome.json", "last.pt"
 
 
 def read_json(path: Path) -> Any:
@@ -57,6 +58,25 @@ def outcome(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     same = read_json(folder / SETTINGS) == _plain(settings)
     return read_json(folder / OUTCOME) if same else None
+
+
+def adopt(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Begin a new training run with what the same one left under another name, if there is one.
+
+    In another row or experiment of the same results, where the curves of a figure are those of a
+    table's rows. The run then goes on from its last checkpoint, at its end.
+    """
+    if (folder / LAST).is_file():
+        return
+    wanted = _plain(settings)
+    for other in sorted(folder.parents[2].glob(f"*/*/*/{OUTCOME}")):
+        source = other.parent
+        if (source / LAST).is_file() and read_json(source / SETTINGS) == wanted:
+            own = shutil.ignore_patterns(SETTINGS, OUTCOME, LAST)
+            shutil.copytree(source, folder, ignore=own, dirs_exist_ok=True)
+            with write_aside(folder / LAST) as part:  # the last one: with it there is a run
+                shutil.copyfile(source / LAST, part)
+            return
 
 
 def finish(folder: Path, found: Mapping[str, Any]) -> None:

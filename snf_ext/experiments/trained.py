@@ -11,7 +11,7 @@ from typing import Any
 from ..training import run
 from ..training.config import Config
 from ..training.data import Dataset
-from .folders import read_json
+from .folders import LAST, adopt, read_json
 from .plan import Numbers, Place, Row, Unit
 
 Extra = Callable[[Path, dict[str, Any], Dataset, int, Place], Numbers]
@@ -52,8 +52,9 @@ class Trained:
         config = config_of(row, seed)
         data = place.data[row.data].limit_train(config.limit_train)
         model = model_of(config, data)
+        adopt(folder, config.to_dict())
         # Before its first checkpoint a run has nothing to go on from, and starts again.
-        last = run.open_folder(folder)[1] if (folder / "last.pt").is_file() else None
+        last = run.open_folder(folder)[1] if (folder / LAST).is_file() else None
         result = run.train(
             config,
             data,
