@@ -109,13 +109,7 @@ def _train(options: Train, device: torch.device, world: World) -> None:
     images = data.load(config.data, options.data_dir, config.conditional, options.verify)
     images = images.limit_train(config.limit_train)
     require_images(config.augment, images.event_shape)
-    own = {"event_shape": images.event_shape, "pixel_levels": images.pixel_levels}
-    if config.conditional:
-        own["context_features"] = images.classes
-    model: dict[str, Any] = {"name": config.model, "settings": own | config.model_args}
-    if config.controller is not None:
-        start = {"kappa": config.kappa, "recon_weight": config.recon_weight}
-        model["controller"] = {"name": config.controller, "settings": start}
+    model = run.model_of(config, images)
     build_flow(model)  # what does not fit must not leave a folder behind
     if folder is None:
         name = f"{config.model}-{config.data}"

@@ -51,7 +51,7 @@ class Trained:
     def _perform(self, row: Row, seed: int, folder: Path, place: Place) -> dict[str, Numbers]:
         config = config_of(row, seed)
         data = place.data[row.data].limit_train(config.limit_train)
-        model = model_of(config, data)
+        model = run.model_of(config, data)
         adopt(folder, config.to_dict())
         # Before its first checkpoint a run has nothing to go on from, and starts again.
         last = run.open_folder(folder)[1] if (folder / LAST).is_file() else None
@@ -96,13 +96,3 @@ def config_of(row: Row, seed: int) -> Config:
         seed=seed,
         **{"angle_every": 0, **row.settings},
     )
-
-
-def model_of(config: Config, data: Dataset) -> dict[str, Any]:
-    """What a checkpoint keeps to build the flow again."""
-    shape = {"event_shape": data.event_shape, "pixel_levels": data.pixel_levels}
-    model: dict[str, Any] = {"name": config.model, "settings": {**shape, **config.model_args}}
-    if config.controller is not None:
-        start = {"kappa": config.kappa, "recon_weight": config.recon_weight}
-        model["controller"] = {"name": config.controller, "settings": start}
-    return model

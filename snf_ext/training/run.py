@@ -104,6 +104,18 @@ def open_folder(path: Path | None) -> tuple[Path, dict[str, Any] | None]:
     return path, content
 
 
+def model_of(config: Config, data: Dataset) -> dict[str, Any]:
+    """What checkpoints keep to build the flow of a run again."""
+    own: dict[str, Any] = {"event_shape": data.event_shape, "pixel_levels": data.pixel_levels}
+    if config.conditional:
+        own["context_features"] = data.classes
+    model: dict[str, Any] = {"name": config.model, "settings": own | config.model_args}
+    if config.controller is not None:
+        start = {"kappa": config.kappa, "recon_weight": config.recon_weight}
+        model["controller"] = {"name": config.controller, "settings": start}
+    return model
+
+
 def _is_left_over(path: Path) -> bool:
     """Whether a new run that was killed left this before it wrote anything."""
     return path.name == "probe" or (path.name.startswith(".") and path.suffix == ".part")
