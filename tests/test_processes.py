@@ -19,7 +19,23 @@ TRAIN = ["-m", "snf_ext", "train", "--model", "fc", "--angle-every", "0", "--lim
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 
 
-def start(processes, *options, restarts=0, **variables):
+@pytest.fixture
+def start():
+    """Starts runs; none outlives its test."""
+    runs = []
+
+    def start(*args, **kwargs):
+        runs.append(started(*args, **kwargs))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+
+
+def started(processes, *options, restarts=0):
     """A run by ``processes`` processes, or without torchrun by one."""
     command = [sys.executable, *TRAIN, "--no-progress", *map(str, options)]
     if processes:
@@ -30,7 +46,8 @@ def start(processes, *options, restarts=0, **variables):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment() | {"OMP_NUM_THREADS": "1"} | variables,
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
 
 
@@ -48,7 +65,7 @@ def assert_close(a, b):
     assert one["val_nll"] == pytest.approx(two["val_nll"], rel=1e-5)
 
 
-def test_two_processes_share_a_run(tmp_path):
+def test_two_processes_share_a_run(start, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     runs = [start(n, "--epochs", 4, "--run-dir", d) for n, d in ((0, alone), (2, together))]
     (out, _), (out_together, _) = map(finish, runs)
@@ -63,7 +80,7 @@ def test_two_processes_share_a_run(tmp_path):
     assert results[0]["test"]["nll"] == pytest.approx(results[1]["test"]["nll"], rel=1e-5)
 
 
-def test_a_request_that_cannot_be_used_is_told_once(tmp_path):
+def test_a_request_that_cannot_be_used_is_told_once(start, tmp_path):
     _, err = finish(start(2, "--lr", "-1", "--run-dir", tmp_path / "run"), status=1)
     lines = [line for line in err.splitlines() if line.startswith("snf-ext:")]
     assert lines == ["snf-ext: lr must be positive and finite; got -1.0"]
@@ -101,7 +118,7 @@ needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds p
 
 @pytest.mark.slow
 @needs_proc
-def test_a_lost_process_ends_the_run_with_a_usable_checkpoint(tmp_path):
+def test_a_lost_process_ends_the_run_with_a_usable_checkpoint(start, tmp_path):
     folder, whole = tmp_path / "run", tmp_path / "whole"
     run = start(2, "--epochs", 4000, "--run-dir", folder)
     wait_for(run, (folder / "history.json").is_file)
@@ -115,7 +132,7 @@ def test_a_lost_process_ends_the_run_with_a_usable_checkpoint(tmp_path):
 
 @pytest.mark.slow
 @needs_proc
-def test_restarted_processes_go_on(tmp_path):
+def test_restarted_processes_go_on(start, tmp_path):
     folder, whole = tmp_path / "run", tmp_path / "whole"
     run = start(2, "--epochs", 30, "--run-dir", folder, restarts=1)
     wait_for(run, (folder / "history.json").is_file)
@@ -129,10 +146,12 @@ def test_restarted_processes_go_on(tmp_path):
 
 @pytest.mark.slow
 @needs_proc
-def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
+def test_a_signal_to_one_process_stops_all_at_the_same_step(start, tmp_path):
     folder = tmp_path / "run"
     run = start(2, "--epochs", 4000, "--run-dir", folder)
-    wait_for(run, (folder / "history.json").is_file)
+    # Once an epoch is done: signals are listened to while training.
+    history = folder / "history.json"
+    wait_for(run, lambda: history.is_file() and len(json.loads(history.read_text())) > 1)
     os.kill(workers(run)[1], signal.SIGTERM)
     _, err = finish(run, status=1)
     assert f"go on with --resume --run-dir {folder}" in err
