@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -140,6 +141,35 @@ class Unit:
     folder: str
     settings: Mapping[str, Any]
     perform: Callable[[Path, Place], dict[str, Numbers]]
+
+
+def runs_of(
+    rows: Sequence[Row],
+    seeds: int,
+    settings: Callable[[Row, int], Mapping[str, Any]],
+    perform: Callable[[Row, int, Path, Place], Numbers],
+) -> list[Unit]:
+    """A unit for each row and seed, in the folder ``ROW/seed-S``."""
+
+    def numbers(row: Row, seed: int, folder: Path, place: Place) -> dict[str, Numbers]:
+        return {row.name: perform(row, seed, folder, place)}
+
+    return [
+        Unit(
+            (row.name,),
+            seed,
+            f"{row.name}/seed-{seed}",
+            settings(row, seed),
+            partial(numbers, row, seed),
+        )
+        for row in rows
+        for seed in range(seeds)
+    ]
+
+
+def data_of(rows: Sequence[Row]) -> set[str]:
+    """The data sets of the rows."""
+    return {row.data for row in rows}
 
 
 class Kind(Protocol):

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from .. import models
 from ..layers import coupling_outputs, initialize
 from ..training.optimizers import OPTIMIZERS
-from .plan import Numbers, Place, Row, Unit
+from .plan import Numbers, Place, Row, Unit, data_of, runs_of
 
 DIVERGED = 1000.0  # bits/dim
 
@@ -132,23 +131,13 @@ class FirstSteps:
 
     def data(self, rows: Sequence[Row]) -> set[str]:
         """The data sets of the rows."""
-        return {row.data for row in rows}
+        return data_of(rows)
 
     def units(self, rows: Sequence[Row], seeds: int) -> list[Unit]:
         """One run a row and seed; short, so that one which was cut off starts again."""
-        return [
-            Unit(
-                (row.name,),
-                seed,
-                f"{row.name}/seed-{seed}",
-                {**row.flat(), "seed": seed},
-                partial(self._perform, row, seed),
-            )
-            for row in rows
-            for seed in range(seeds)
-        ]
+        return runs_of(rows, seeds, lambda row, seed: {**row.flat(), "seed": seed}, self._perform)
 
-    def _perform(self, row: Row, seed: int, folder: Path, place: Place) -> dict[str, Numbers]:
+    def _perform(self, row: Row, seed: int, folder: Path, place: Place) -> Numbers:
         data, settings = place.data[row.data], dict(row.settings)
         updates, levels = settings.pop("updates"), data.pixel_levels
         assert levels is not None  # of images
@@ -165,4 +154,4 @@ class FirstSteps:
             "steps": len(found["bits_per_dim"]),
             **{name: found[name] for name in found if name != "settings"},
         }
-        return {row.name: numbers}
+        return numbers

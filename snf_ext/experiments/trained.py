@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..training import run
 from ..training.config import Config
 from ..training.data import Dataset
 from .folders import LAST, adopt, read_json
-from .plan import Numbers, Place, Row, Unit
+from .plan import Numbers, Place, Row, Unit, data_of, runs_of
 
 Extra = Callable[[Path, dict[str, Any], Dataset, int, Place], Numbers]
 
@@ -32,23 +31,13 @@ class Trained:
 
     def data(self, rows: Sequence[Row]) -> set[str]:
         """The data sets of the rows."""
-        return {row.data for row in rows}
+        return data_of(rows)
 
     def units(self, rows: Sequence[Row], seeds: int) -> list[Unit]:
         """One run a row and seed."""
-        return [
-            Unit(
-                (row.name,),
-                seed,
-                f"{row.name}/seed-{seed}",
-                config_of(row, seed).to_dict(),
-                partial(self._perform, row, seed),
-            )
-            for row in rows
-            for seed in range(seeds)
-        ]
+        return runs_of(rows, seeds, lambda row, seed: config_of(row, seed).to_dict(), self._perform)
 
-    def _perform(self, row: Row, seed: int, folder: Path, place: Place) -> dict[str, Numbers]:
+    def _perform(self, row: Row, seed: int, folder: Path, place: Place) -> Numbers:
         config = config_of(row, seed)
         data = place.data[row.data].limit_train(config.limit_train)
         model = run.model_of(config, data)
@@ -84,7 +73,7 @@ class Trained:
             }
         if self.extra:
             numbers |= self.extra(folder, model, data, seed, place)
-        return {row.name: numbers}
+        return numbers
 
 
 def config_of(row: Row, seed: int) -> Config:
