@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 import snf_ext
-from snf_ext.constraint import CONTROLLERS, KAPPA, Controller, Fixed, controllers
+from snf_ext.constraint import controllers
+from snf_ext.controllers import CONTROLLERS, KAPPA, Controller, Fixed
 
 from . import report
 from .mnist import exact_nll, read_images

@@ -7,14 +7,14 @@ papers' architectures. Direction: ``forward`` goes from data x to noise z.
 from . import models, ops, reference
 from .backend import backend, build_info, use_backend
 from .bijection import Bijection, FlowStep
-from .constraint import (
+from .constraint import constrain
+from .controllers import (
     GECO,
     AugmentedLagrangian,
     Controller,
     Fixed,
     ModifiedDifferentialMultipliers,
     Relative,
-    constrain,
 )
 from .flow import Flow
 from .graphed import GraphedStep

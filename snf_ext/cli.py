@@ -27,7 +27,8 @@ from .cli_options import (
     Train,
 )
 from .cli_reproduce import Reproduce
-from .constraint import CONTROLLERS, constrain
+from .constraint import constrain
+from .controllers import CONTROLLERS
 from .experiments import Failed
 from .flow import Flow
 from .training import checkpoint, data, pictures, run

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from . import models
 from .backend import BACKENDS
-from .constraint import CONTROLLERS
+from .controllers import CONTROLLERS
 from .flow import Flow
 from .training import data
 from .training.config import AUGMENTS, OBJECTIVES, ON_DIVERGENCE

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import snf_ext
-from snf_ext.constraint import CONTROLLERS, controllers
+from snf_ext.constraint import controllers
+from snf_ext.controllers import CONTROLLERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,8 @@ from training_runs import CONFIG, DATA, SHAPE, Trainer, same_run
 
 import snf_ext
 from snf_ext import cli
-from snf_ext.constraint import CONTROLLERS, KAPPA, controllers
+from snf_ext.constraint import controllers
+from snf_ext.controllers import CONTROLLERS, KAPPA
 from snf_ext.training import checkpoint
 from snf_ext.training.config import Config, resolve
 from snf_ext.training.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..constraint import KAPPA
+from ..controllers import KAPPA
 from . import draw
 from .plan import Experiment, Measure, Paper, Row
 from .timed import Timed

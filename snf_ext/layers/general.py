@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..bijection import FlowStep, per_sample_sum, wide_dtype
-from ..constraint import Controller, weighted
+from ..constraint import weighted
+from ..controllers import Controller
 from ..jacobian import EventMap, jacobian, orthonormal_probes, pulled, pushed
 from ..newton import newton_inverse
 from ..reference.autocast import without_autocast

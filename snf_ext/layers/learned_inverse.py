@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import exact, ops, passes, shard, tracking
 from ..bijection import FlowStep, wide_dtype
-from ..constraint import Controller, weighted
+from ..constraint import weighted
+from ..controllers import Controller
 from ..reference.autocast import without_autocast
 from ..refine import Refined, checked_steps, refined
 from .debias import Debias

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ..constraint import CONTROLLERS, KAPPA
+from ..controllers import CONTROLLERS, KAPPA
 from .augment import AUGMENTATIONS
 from .errors import UserError
 from .optimizers import OPTIMIZERS
