@@ -6,13 +6,11 @@ import math
 
 import pytest
 import torch
+from models_table import MIXINGS, SMALL, VARIANTS, build, images
 
 import snf_ext
 from snf_ext import models
 from snf_ext.bijection import walk
-
-SMALL = (1, 8, 8)
-MIXINGS = [*models.CONV, *models.CONV_1X1]
 
 
 def count(flow) -> int:
@@ -23,41 +21,7 @@ def kinds(flow, kind) -> list:
     return [m for m in flow.modules() if isinstance(m, kind)]
 
 
-VARIANTS = {
-    **{
-        f"fc-{name}": lambda name=name, **k: models.fc(SMALL, 2, name, **k)
-        for name in models.LINEAR
-    },
-    **{
-        f"conv-{name}": lambda name=name, **k: models.conv(SMALL, 6, 3, name, **k)
-        for name in models.CONV
-    },
-    "conv-5x5-inverse": lambda **k: models.conv(SMALL, 3, 3, inverse_kernel_size=5, **k),
-    "conv-smooth": lambda **k: models.conv(SMALL, 2, 2, activation="smooth_leaky_relu", **k),
-    **{
-        f"glow-{name}": lambda name=name, **k: models.glow(SMALL, 2, 2, 8, name, **k)
-        for name in MIXINGS
-    },
-    "glow-5x5": lambda **k: models.glow(SMALL, 1, 2, 8, "self_norm", 5, **k),
-    "glow-additive": lambda **k: models.glow(SMALL, 2, 2, 8, "lu", coupling="additive", **k),
-}
 every = pytest.mark.parametrize("name", VARIANTS)
-
-
-def build(name, dtype=torch.float64, **settings):
-    """With weights a little off where they start, and actnorm initialised."""
-    torch.manual_seed(2)
-    flow = VARIANTS[name](**settings).to(dtype)
-    context = torch.randn(16, flow.context_features, dtype=dtype) if flow.context_features else None
-    with torch.no_grad():
-        flow.loss(torch.randint(256, (16, *SMALL)).to(dtype), context)
-        for p in flow.parameters():
-            p += 0.02 * torch.randn_like(p)
-    return flow
-
-
-def images(batch=3, dtype=torch.float64):
-    return torch.randint(256, (batch, *SMALL)).to(dtype)
 
 
 def test_parameters_of_the_paper():
