@@ -3,6 +3,8 @@
 import random
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from cli_runs import environment
@@ -14,31 +16,31 @@ COMMAND += ["--model-args", "layers=3", "--monitor-every", "5"]
 KILLS = 10
 
 
+def written(folder: Path) -> dict[str, int]:
+    """The files of a run, and when each was written: what changes once a process is under way."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+
+
 @pytest.mark.slow
 def test_killed_ten_times(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     env = environment()
-    subprocess.run([*COMMAND, "--run-dir", whole], check=True, env=env, timeout=300)
-    chance, kills = random.Random(5), 0
-    while kills < KILLS:
+    began = time.monotonic()
+    subprocess.run([*COMMAND, "--run-dir", whole], check=True, env=env, timeout=600)
+    took = time.monotonic() - began
+    chance = random.Random(5)
+    for kill in range(KILLS):
+        before = written(killed)
         run = subprocess.Popen(
-            [*COMMAND, "--run-dir", killed, *(["--resume"] if killed.exists() else [])],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
+            [*COMMAND, "--run-dir", killed, *(["--resume"] if kill else [])], env=env
         )
-        try:
-            run.communicate(timeout=chance.uniform(2.0, 7.0))
-        except subprocess.TimeoutExpired:
-            run.kill()  # SIGKILL
-            run.communicate()
-            kills += 1
-        else:
-            break
-    done = subprocess.run(
-        [*COMMAND, "--run-dir", killed, "--resume"], env=env, timeout=300, check=True
-    )
-    assert done.returncode == 0
-    assert kills == KILLS, "the run was too short to be killed"
+        # However long it takes to start, and never so late that it ends by itself.
+        while written(killed) == before and run.poll() is None:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.0, 0.06 * took))
+        assert run.poll() is None, "a run must still go on when it is killed"
+        run.kill()  # SIGKILL
+        run.wait()
+    subprocess.run([*COMMAND, "--run-dir", killed, "--resume"], env=env, timeout=600, check=True)
     same_run(whole, killed)
     assert (whole / "angles.csv").read_bytes() == (killed / "angles.csv").read_bytes()
