@@ -1,8 +1,8 @@
 """The CUDA kernels and their bindings, compiled by a C++ compiler and run without a GPU.
 
-``tests/host_cuda`` stands in for the CUDA runtime and holds the programs that test the kernels. Slow
-are the operators in torch; nightly the sanitizers, and faults put into the kernels to see that they
-are found.
+``tests/host_cuda`` stands in for the CUDA runtime and holds the programs that test the kernels.
+Slow are the operators in torch; nightly the sanitizers, and faults put into the kernels to see that
+they are found.
 """
 
 from __future__ import annotations
