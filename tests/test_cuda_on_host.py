@@ -40,6 +40,9 @@ VARIANTS = {
 }
 
 
+LONGEST = 1800  # seconds, on a busy machine
+
+
 def run(*command, cwd=None):
     """A command's result and all that it said, away from this process's settings."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SNF_EXT", "PYTEST"))}
@@ -48,7 +51,7 @@ def run(*command, cwd=None):
         cwd=cwd,
         env=kept,
         text=True,
-        timeout=600,
+        timeout=LONGEST,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -352,20 +355,20 @@ def clone(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-def test_operators(clone):
+OPERATORS = ["ops", "ops_arguments", "elementwise", "spline", "triangular", "parity", "layers"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(OPERATORS, marks=pytest.mark.slow),
+        pytest.param(["flow"], marks=pytest.mark.slow),
+        pytest.param(["debias"], marks=pytest.mark.nightly),  # many small calls: minutes
+    ],
+    ids=" ".join,
+)
+def test_operators(names, clone):
     """Every test of the operators but those of the CPU's own kernels."""
-    names = (
-        "ops",
-        "ops_arguments",
-        "debias",
-        "elementwise",
-        "spline",
-        "triangular",
-        "parity",
-        "layers",
-        "flow",
-    )
     files = [f"tests/test_{name}.py" for name in names]
     chosen = "not reference and not threads and not pool and not cpu_only"
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
