@@ -112,7 +112,7 @@ layers = [
     snf_ext.SelfNormConv2d(4, 3),
     snf_ext.SmoothLeakyReLU(0.3),
     snf_ext.RationalQuadraticSpline(event),
-    snf_ext.AffineCoupling(event, width=8),
+    snf_ext.AffineCoupling(4, width=8),
     snf_ext.Flatten(event),
     snf_ext.SelfNormLinear(144),
 ]

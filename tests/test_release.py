@@ -154,6 +154,15 @@ def test_changes_and_a_changelog_without_the_version_are_no_release(clone):
     assert refused == NO_RELEASE
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone")
+def test_tags_of_this_commit_agree():
+    command = ["git", "tag", "--points-at", "HEAD", "--list", "v*"]
+    tags = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    if not tags:
+        pytest.skip("this commit has no tag")
+    assert tags.split() == [f"v{snf_ext.__version__}"]
+
+
 @pytest.mark.parametrize("options", [[], ["--upload", "out"], ["out", "more"], [""]])
 def test_usage(options):
     result = subprocess.run([ROOT / ".ci" / "release", *options], capture_output=True, text=True)
