@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 
-from .build_record import why_not_loaded
+from .build_record import other_torch, why_not_loaded
 from .version import __version__
 
 BACKENDS = ("native", "reference")
 
 _library: Any = None
-_load_error: str | None = None
-try:
-    _library = importlib.import_module("snf_ext._C")  # importing it registers the operators
-except ImportError as error:
-    _load_error = why_not_loaded(error, torch.__version__)
+_load_error = other_torch(torch.__version__)
+if _load_error is None:
+    try:
+        _library = importlib.import_module("snf_ext._C")  # importing it registers the operators
+    except ImportError as error:
+        _load_error = why_not_loaded(error, torch.__version__)
 
 
 def _check(name: str, argument: str) -> str:
@@ -47,7 +48,7 @@ def _choose() -> str:
         return "native"
     warnings.warn(
         f"snf_ext runs in plain torch (backend 'reference'): the compiled library cannot be loaded "
-        f"({_load_error}). To build it: pip install --no-build-isolation . "
+        f"({_load_error}). To build it, in a clone: pip install --no-build-isolation . "
         "To keep plain torch without this warning: SNF_EXT_BACKEND=reference",
         RuntimeWarning,
         stacklevel=2,

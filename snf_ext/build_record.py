@@ -34,6 +34,20 @@ def release(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
+def other_torch(running: str) -> str | None:
+    """Why the library must not be loaded beside the torch that runs, None where it may.
+
+    A library compiled against another release of torch may load all the same, and then read torch's
+    structures wrongly; so it is not tried.
+    """
+    record = read_build_record()
+    if record is None or record["reason"] or not record["torch"]:
+        return None  # no library to speak of; importing it says why
+    if release(record["torch"]) == release(running):
+        return None
+    return f"it was built against torch {record['torch']} and torch {running} is running"
+
+
 def why_not_loaded(error: ImportError, running: str) -> str:
     """One line that says why the compiled library is not there, for people.
 
@@ -47,6 +61,6 @@ def why_not_loaded(error: ImportError, running: str) -> str:
     if record["reason"]:
         return f"it was not built: {record['reason']}"
     built = record["torch"]
-    if built and release(built) != release(running):
+    if built and built != running:  # such as a build with CUDA and one without
         return f"it was built against torch {built} and torch {running} is running ({error})"
     return str(error)

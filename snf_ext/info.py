@@ -1,7 +1,12 @@
-"""Prints what is built and what is not: ``python -m snf_ext.info``."""
+"""Prints what is built, what is not, and where it runs: ``python -m snf_ext.info``.
+
+It is what a bug report needs.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -10,6 +15,30 @@ import torch
 
 from .backend import backend, build_info
 from .build_record import read_build_record, release
+
+PACKAGES = ("numpy", "scipy", "pytorch-ignite", "zuko")
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:  # on Linux platform.processor() names the architecture, or nothing
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{next(models, platform.processor() or platform.machine())}, {os.cpu_count()} cores"
+
+
+def _variables() -> str:
+    names = sorted(name for name in os.environ if name.startswith("SNF_EXT_") or name in VARIABLES)
+    return ", ".join(f"{name}={os.environ[name]}" for name in names) or "none set"
 
 
 def _extension_lines(info: dict[str, Any]) -> list[tuple[str, str]]:
@@ -58,7 +87,10 @@ def report() -> str:
         *_extension_lines(info),
         ("CUDA kernels", _cuda_line(info)),
         *_torch_lines(info),
-        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("packages", ", ".join(f"{name} {_installed(name) or '-'}" for name in PACKAGES)),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("processor", _processor()),
+        ("variables", _variables()),
     ]
     return "\n".join(f"{name:<13} {text}" for name, text in lines)
 

@@ -93,8 +93,11 @@ def members(wheel: Path) -> set[str]:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
-def report_of(wheel: Path, folder: Path, **environment) -> dict:
-    """What a process says in a virtual environment that has the wheel beside this one's torch."""
+def report_of(wheel: Path, folder: Path, packages: Path | None = None, **environment) -> dict:
+    """What a process says in a virtual environment that has the wheel beside a torch.
+
+    It is that in the folder ``packages``, or the one of this process.
+    """
     venv.create(folder)
     python = folder / "bin" / "python"
     site = Path(
@@ -105,7 +108,7 @@ def report_of(wheel: Path, folder: Path, **environment) -> dict:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     # Unlike PYTHONPATH, this leaves out hooks such as an editable install of snf_ext.
-    (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    (site / "torch.pth").write_text(str(packages or Path(torch.__file__).parents[1]))
     report = json.loads(succeed(python, "-c", REPORT, cwd=folder, **environment).stdout)
     assert Path(report["file"]).is_relative_to(site)
     return report
@@ -133,7 +136,7 @@ def test_one_version(metadata):
     if (ROOT / "CHANGELOG.md").exists():
         assert snf_ext.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert snf_ext.build_info()["version"] == snf_ext.__version__
-    assert metadata["Version"] == snf_ext.__version__
+    assert metadata["Version"].split("+")[0] == snf_ext.__version__  # a wheel's names torch too
 
 
 def test_extras_and_command(metadata):
@@ -273,28 +276,64 @@ def test_failed_compilation_falls_back_unless_the_extension_is_required(tree, tm
     assert required.returncode != 0
 
 
+@pytest.fixture(scope="session")
+def released(tree, tmp_path_factory):
+    """What the release script makes of the tree: folder, sdist and wheel."""
+    pytest.importorskip("auditwheel", reason="needs the extra [dev]")
+    out = tmp_path_factory.getbasetemp() / "sdist"  # .ci/run knows that the build is in there
+    script = tree / ".ci" / "release"
+    result = succeed(script, "--dry-run", out, cwd=tree, PYTHON=sys.executable)
+    assert "trains, evaluates and samples" in result.stdout  # in an environment of its own
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return out, sdist, wheel
+
+
 @in_clone
 @pytest.mark.slow
-def test_sdist_and_the_wheel_built_from_it_are_complete(tree, tmp_path, tmp_path_factory):
-    succeed(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=tree)
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as sdist:
-        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from 3.11.4 on
-        sdist.extractall(tmp_path, **safely)
-    (named,) = (path for path in tmp_path.glob("snf_ext-*") if path.is_dir())
-    unpacked = tmp_path_factory.getbasetemp() / "sdist" / "snf_ext"  # .ci/run knows this place
-    unpacked.parent.mkdir()
-    named.rename(unpacked)
-    packed = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
+def test_the_release_is_complete(released):
+    out, sdist, wheel = released
+    succeed("sha256sum", "--check", "--strict", "SHA256SUMS", cwd=out)
+    assert {path.name for path in out.iterdir()} == {sdist.name, wheel.name, "SHA256SUMS"}
+    with tarfile.open(sdist) as archive:
+        packed = {member.name.split("/", 1)[-1] for member in archive if member.isfile()}
     assert {name for name in tracked() if not name.startswith("bench/results/")} <= packed
-
-    wheel = wheel_of(unpacked, tmp_path / "wheel", SNF_EXT_REQUIRE_EXT="1")
     libraries = {name for name in members(wheel) if name.endswith(".so")}
     assert len(libraries) == 1
     assert libraries.pop().startswith("snf_ext/_C.")
-    assert {name for name in members(wheel) if not name.endswith(".so")} == python_files()
-    report = report_of(wheel, tmp_path / "installed")
+    files = {name for name in members(wheel) if not name.endswith((".so", "/"))}
+    assert files == python_files()
+    release = build_record.release(torch.__version__)
+    assert wheel.name.startswith(f"snf_ext-{snf_ext.__version__}+torch{release}.cpu-cp3")
+    assert "-manylinux_2_" in wheel.name
+
+
+@in_clone
+@pytest.mark.slow
+def test_the_released_wheel_runs_without_a_compiler(released, tmp_path):
+    report = report_of(released[2], tmp_path / "installed", PATH="/nonexistent", CXX="/no/compiler")
     assert report["backend"] == "native"
     assert report["gradient"] > 0
     assert report["warnings"] == []
     assert report["info"]["torch"] == torch.__version__.split("+")[0]
+
+
+@in_clone
+@pytest.mark.slow
+def test_the_released_wheel_beside_another_torch(released, tmp_path):
+    """Beside the oldest one supported, where .ci/cuda_build has installed it."""
+    python = ".".join(map(str, sys.version_info[:2]))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snf_ext"
+    env = Path(os.environ.get("SNF_CUDA_ENV") or cache / f"cuda-torch-2.11.0-python{python}")
+    if not (env / "complete").exists():
+        pytest.skip(f"needs the environment {env}, which .ci/cuda_build makes")
+    packages = env / "lib" / f"python{python}" / "site-packages"
+    installed = tmp_path / "installed"
+    report = report_of(released[2], installed, packages, CUDA_VISIBLE_DEVICES="")
+    other = report["info"]["torch"]
+    assert build_record.release(other) != build_record.release(torch.__version__)
+    assert report["backend"] == "reference"
+    assert report["gradient"] > 0
+    (warning,) = report["warnings"]
+    assert f"built against torch {torch.__version__} and torch {other} is running" in warning
+    info = succeed(installed / "bin" / "python", "-m", "snf_ext.info", cwd=installed).stdout
+    assert f"MISMATCH: built against torch {torch.__version__}, running torch {other}" in info
