@@ -210,6 +210,53 @@ def test_the_api_has_every_public_name():
             assert f"{home}.{name}" in listed
 
 
+DOCSTRING = """What it is, log |det W|, ``|x|``.
+
+    y = |x|
+
+Args:
+    features: D.
+    bias: whether there is a |c|.
+
+        Not an equation.
+
+Shapes: (B, D).
+Cost: none::
+
+    as it stands |
+
+>>> 1 | 2
+3
+"""
+RESTRUCTURED = r"""What it is, log \|det W\|, ``|x|``.
+
+::
+
+    y = |x|
+
+Args:
+    features: \D.
+    bias: whether there is a \|c\|.
+
+        Not an equation.
+
+Shapes: (B, D).
+
+Cost: none::
+
+    as it stands |
+
+>>> 1 | 2
+3
+"""
+
+
+def test_docstrings_become_restructured_text(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "site")
+    docstrings = importlib.import_module("docstrings")
+    assert docstrings.as_restructured_text(DOCSTRING.split("\n")) == RESTRUCTURED.split("\n")
+
+
 class Fetched(HTMLParser):
     """What a browser fetches to show a page."""
 
