@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import environment
 from doc_pages import DOCS, README, ROOT, blocks, commands, fences, links, run_python, text_of
 
 import snf_ext
@@ -196,12 +198,11 @@ def test_a_wrong_command_is_found(monkeypatch, capsys):
 
 
 def test_the_api_has_every_public_name():
-    pages = "\n".join(text_of(page) for page in (DOCS / "api").glob("*.rst"))
-    listed = set()
-    for module, names in re.findall(
-        r"^\.\. currentmodule:: (\S+)\n\n((?:\.\. auto\w+:: \w+\n)+)", pages + "\n", re.MULTILINE
-    ):
-        listed |= {f"{module}.{name}" for name in re.findall(r":: (\w+)", names)}
+    listed, module = set(), ""
+    for page in (DOCS / "api").glob("*.rst"):
+        for directive, name in re.findall(r"^\.\. (\w+):: (\S+)$", text_of(page), re.MULTILINE):
+            module = name if directive == "currentmodule" else module
+            listed |= {f"{module}.{name}"} if directive.startswith("auto") else set()
     modules = [snf_ext, snf_ext.models, snf_ext.ops, snf_ext.reference, snf_ext.exact]
     modules += [snf_ext.layers, importlib.import_module("snf_ext.adapters")]
     for module in modules:
@@ -273,6 +274,17 @@ class Fetched(HTMLParser):
             self.addresses.append(values[name])
 
 
+@pytest.mark.nightly
+def test_pictures_of_the_concepts_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    shutil.copy(DOCS / "images" / "concepts.py", tmp_path)
+    command = [sys.executable, str(tmp_path / "concepts.py")]
+    subprocess.run(command, check=True, env=environment())
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {path.name for path in (DOCS / "images").glob("concepts-*.png")}
+
+
 @pytest.mark.slow
 def test_site_builds_without_a_warning_and_asks_no_other_host(tmp_path):
     pytest.importorskip("sphinx")
@@ -285,9 +297,9 @@ def test_site_builds_without_a_warning_and_asks_no_other_host(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
+        env=environment(),
     )
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     html = sorted(site.rglob("*.html"))
     assert len(html) > 25
     for page in html:
