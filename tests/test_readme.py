@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from doc_pages import README, ROOT, blocks, links, run_python, text_of
 
 import snf_ext
-
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def namespace():
     """What the README's Python blocks define, run one after the other."""
     torch.manual_seed(0)
-    names: dict = {}
-    for number, block in enumerate(blocks("python")):
-        exec(compile(block, f"README.md, Python block {number}", "exec"), names)
-    return names
+    return run_python(README)
 
 
 def test_python_blocks_run(namespace):
@@ -71,7 +61,7 @@ def test_ci_runs_the_two_commands():
     ci = ROOT / ".ci" / "run"
     if not ci.exists():
         pytest.skip("no .ci/run beside these tests")
-    commands = [block.strip() for block in blocks("sh")]
+    commands = [block.strip() for block in blocks(README, "sh")]
     assert len(commands) == 2, "the README starts with two commands"
     assert commands[0].endswith(".venv/bin/snf-ext train --model fc")
     assert commands[1].endswith(".venv/bin/pytest")
@@ -84,10 +74,9 @@ def test_ci_runs_the_two_commands():
 def test_links_lead_to_files():
     if not (ROOT / "docs").exists():
         pytest.skip("no docs beside these tests")
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    targets = links(README)
     assert "docs/images/digits-samples.png" in targets
-    missing = [t for t in targets if "://" not in t and not (ROOT / t).exists()]
-    assert not missing
+    assert not [target for target in targets if not (ROOT / target).exists()]
 
 
 def test_gpu_figures_are_those_of_the_result_files():
@@ -98,7 +87,9 @@ def test_gpu_figures_are_those_of_the_result_files():
     for suite in ("conv", "linear"):
         for row in json.loads((results / f"{suite}-cuda.json").read_text(encoding="utf-8"))["rows"]:
             medians[row["case"], row["variant"]] = row["median_s"] * 1e6
-    lines = re.findall(r"^\| (3×3 at|fully connected, D =) (\S+) \| (.*) \|$", README, re.MULTILINE)
+    lines = re.findall(
+        r"^\| (3×3 at|fully connected, D =) (\S+) \| (.*) \|$", text_of(README), re.MULTILINE
+    )
     assert len(lines) == 9
     for kind, size, cells in lines:
         case = f"{size.replace('×', 'x')} k=3" if kind == "3×3 at" else f"D={size}"

@@ -45,7 +45,8 @@ class Plan(NamedTuple):
         parts: what is factorised, in words.
         operations: multiplications and additions, at most; with the gradient about 2.2 times those.
         bytes: of memory, at most.
-        dense_operations, dense_bytes: the same for an LU of the whole matrix.
+        dense_operations: the same for an LU of the whole matrix.
+        dense_bytes: the same.
     """
 
     method: str
