@@ -146,12 +146,13 @@ def emulate(processor: str, *command) -> str:
 
 @needs_emulator
 @needs_native
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("processor", "wanted"),
     [
         # Of 2008, without AVX: the oldest on which numpy and torch run.
-        pytest.param("Nehalem", "baseline", marks=pytest.mark.slow),
-        pytest.param("Haswell", "avx2", marks=pytest.mark.nightly),
+        ("Nehalem", "baseline"),
+        ("Haswell", "avx2"),
     ],
 )
 def test_the_package_on_an_emulated_processor(processor, wanted):
