@@ -16,6 +16,7 @@ from .controllers import (
     ModifiedDifferentialMultipliers,
     Relative,
 )
+from .distributions import BijectionTransform, FlowDistribution
 from .flow import Flow
 from .graphed import GraphedStep
 from .layers import (
@@ -72,6 +73,7 @@ __all__ = [
     "AugmentedLagrangian",
     "BatchNorm",
     "Bijection",
+    "BijectionTransform",
     "ComponentwiseAffine",
     "Controller",
     "Debias",
@@ -85,6 +87,7 @@ __all__ = [
     "Fixed",
     "Flatten",
     "Flow",
+    "FlowDistribution",
     "FlowStep",
     "GradientMonitor",
     "GraphedStep",
