@@ -395,6 +395,9 @@ def _elements(
     for bijection in bijections:
         if isinstance(bijection, (Dequantize, VariationalDequantize)):
             return constraints.integer_interval(0, bijection.levels - 1)
+        own = getattr(bijection, "domain", None)  # of a transform of others
+        if own is not None and not passed:
+            return getattr(own, "base_constraint", own)
         passed.append(bijection)
         event_shape = tuple(bijection.output_shape(event_shape))
         if isinstance(bijection, Logit):
