@@ -247,9 +247,25 @@ def test_what_draws_noise_is_no_transform(case):
         BijectionTransform(case.make(), case.event_shape)
 
 
-def test_second_derivatives_are_refused():
+def test_expand_a_transformed_distribution():
+    coupling = snf_ext.AffineCoupling(4, 8, mask="vector", context_features=2)
+    for p in coupling.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    transform = BijectionTransform(coupling, (4,), torch.randn(5, 2))
+    base = Independent(Normal(torch.zeros(4), 1.0), 1)
+    density = TransformedDistribution(base, transform.inv)
+    assert density.batch_shape == (5,)
+    wider = density.expand((3, 5))
+    x = wider.sample((2,))
+    assert x.shape == (2, 3, 5, 4)
+    torch.testing.assert_close(wider.log_prob(x), density.log_prob(x))
+
+
+def test_second_derivatives_and_function_transforms_are_refused():
     layer = snf_ext.ExactLinear(3)
     x = BijectionTransform(layer, (3,)).inv(torch.randn(2, 3))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda z: BijectionTransform(layer, (3,)).inv(z).sum())(torch.randn(2, 3))
     (gradient,) = torch.autograd.grad(x.square().sum(), layer.weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

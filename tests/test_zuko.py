@@ -398,6 +398,30 @@ def test_context_reaches_a_bijection():
     assert flow(context).sample((2,)).shape == (2, 6, D)
 
 
+def test_transforms_in_zukos_distributions():
+    """Without a lazy transform, and with gradients of samples in the weight."""
+    layer = snf_ext.SelfNormLinear(D, inverse="tracked").double()
+    transform = snf_ext.BijectionTransform(layer, (D,))
+    base = zuko.distributions.DiagNormal(torch.zeros(D).double(), torch.ones(D).double())
+    flow = zuko.distributions.NormalizingFlow(transform, base)
+    ours = snf_ext.Flow([layer], (D,))
+    x, log_prob = flow.rsample_and_log_prob((6,))
+    torch.testing.assert_close(log_prob, ours.log_prob(x))
+    (x.sum() + log_prob.sum()).backward()
+    assert layer.weight.grad.abs().min() > 0
+    q = ours.as_distribution()
+    mixture = zuko.distributions.Mixture(q.expand((2,)), torch.zeros(2).double())
+    torch.testing.assert_close(mixture.log_prob(x), q.log_prob(x))
+
+
+def test_samples_of_lazy_transforms_send_gradients_to_weights():
+    flow, _, (first, maf, last) = mixed(exact=True)
+    x = flow.eval()().rsample((6,))
+    x.square().sum().backward()
+    for module in (first, maf, last):
+        assert all(p.grad.any() for n, p in module.named_parameters() if n != "weight_inv")
+
+
 def test_the_inverse_as_a_lazy_transform():
     layer = snf_ext.SelfNormLinear(D).double().eval()
     lazy = as_lazy_transform(layer, (D,), exact=True)
