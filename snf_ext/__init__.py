@@ -16,7 +16,7 @@ from .controllers import (
     ModifiedDifferentialMultipliers,
     Relative,
 )
-from .distributions import BijectionTransform, FlowDistribution
+from .distributions import FlowDistribution
 from .flow import Flow
 from .graphed import GraphedStep
 from .layers import (
@@ -62,6 +62,7 @@ from .training.angle import gradient_angle
 from .training.errors import Diverged
 from .training.guard import DivergenceGuard
 from .training.monitor import GradientMonitor
+from .transforms import BijectionTransform
 from .variational import VariationalBound, variational_bound
 from .version import __version__
 

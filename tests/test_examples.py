@@ -21,7 +21,9 @@ def run(name, *arguments):
 
 @pytest.mark.parametrize("posterior", ["regression", "banana"])
 def test_variational_inference(posterior, capsys):
-    found = run("variational_inference", "--posterior", posterior, "--steps", "250")
+    found = run(
+        "variational_inference", "--posterior", posterior, "--steps", "200", "--batch", "128"
+    )
     truth = found["log evidence"]
     # A lower bound, and close to it
     assert truth - 0.15 < found["ELBO"] < truth + 4 * found["standard error"]

@@ -292,8 +292,7 @@ def test_without_zuko_one_line_says_so(tmp_path, monkeypatch, capsys):
 def test_importing_does_not_import_zuko():
     """Its import changes torch.distributions for everybody in the process."""
     code = (
-        "import sys, snf_ext.cli, snf_ext.adapters\n"
-        "assert not {'zuko', 'pyro'} & set(sys.modules)"
+        "import sys, snf_ext.cli, snf_ext.adapters\nassert not {'zuko', 'pyro'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bijection import Bijection, FlowStep, per_sample_zeros, wide_dtype
-from ..distributions import BijectionTransform
 from ..training.errors import require
+from ..transforms import BijectionTransform
 from .inversion import invert
 
 
