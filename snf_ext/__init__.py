@@ -16,6 +16,7 @@ from .controllers import (
     ModifiedDifferentialMultipliers,
     Relative,
 )
+from .distributions import FlowDistribution
 from .flow import Flow
 from .graphed import GraphedStep
 from .layers import (
@@ -61,6 +62,7 @@ from .training.angle import gradient_angle
 from .training.errors import Diverged
 from .training.guard import DivergenceGuard
 from .training.monitor import GradientMonitor
+from .transforms import BijectionTransform
 from .variational import VariationalBound, variational_bound
 from .version import __version__
 
@@ -72,6 +74,7 @@ __all__ = [
     "AugmentedLagrangian",
     "BatchNorm",
     "Bijection",
+    "BijectionTransform",
     "ComponentwiseAffine",
     "Controller",
     "Debias",
@@ -85,6 +88,7 @@ __all__ = [
     "Fixed",
     "Flatten",
     "Flow",
+    "FlowDistribution",
     "FlowStep",
     "GradientMonitor",
     "GraphedStep",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from .bijection import Bijection, FlowStep, per_sample_sum, pull, push, walk, wi
 from .exact import Plan
 from .refine import checked_refine
 from .reversible import Reversible
+
+if TYPE_CHECKING:
+    from .distributions import FlowDistribution
 
 
 class Flow(nn.Module):
@@ -211,6 +215,21 @@ class Flow(nn.Module):
         like = next(self.parameters(), torch.empty(0))
         noise = torch.randn(count, *self.latent_shape, dtype=like.dtype, device=like.device)
         return self.inverse(noise * temperature, context, exact=exact, refine=refine)
+
+    def as_distribution(
+        self, context: Tensor | None = None, exact: bool = True
+    ) -> FlowDistribution:
+        """This density as a ``torch.distributions.Distribution``; a context gives it a batch shape.
+
+        >>> import snf_ext
+        >>> flow = snf_ext.Flow([snf_ext.SelfNormLinear(4)], event_shape=(4,))
+        >>> q = flow.as_distribution()
+        >>> q.log_prob(q.sample((7,))).shape
+        torch.Size([7])
+        """
+        from .distributions import FlowDistribution  # of a floor above, as the layers' domains are
+
+        return FlowDistribution(self, context, exact)
 
     def fit_inverses(self, tracked_alone: bool = False) -> None:
         """Set every learned inverse, at any depth, to what undoes its weight best.

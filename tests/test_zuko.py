@@ -291,7 +291,9 @@ def test_without_zuko_one_line_says_so(tmp_path, monkeypatch, capsys):
 
 def test_importing_does_not_import_zuko():
     """Its import changes torch.distributions for everybody in the process."""
-    code = "import sys, snf_ext.cli, snf_ext.adapters; assert 'zuko' not in sys.modules"
+    code = (
+        "import sys, snf_ext.cli, snf_ext.adapters\nassert not {'zuko', 'pyro'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -396,6 +398,30 @@ def test_context_reaches_a_bijection():
     want = snf_ext.ops.normal_log_prob(same.z) + same.log_det
     torch.testing.assert_close(flow(context[0]).log_prob(x), want)
     assert flow(context).sample((2,)).shape == (2, 6, D)
+
+
+def test_transforms_in_zukos_distributions():
+    """Without a lazy transform, and with gradients of samples in the weight."""
+    layer = snf_ext.SelfNormLinear(D, inverse="tracked").double()
+    transform = snf_ext.BijectionTransform(layer, (D,))
+    base = zuko.distributions.DiagNormal(torch.zeros(D).double(), torch.ones(D).double())
+    flow = zuko.distributions.NormalizingFlow(transform, base)
+    ours = snf_ext.Flow([layer], (D,))
+    x, log_prob = flow.rsample_and_log_prob((6,))
+    torch.testing.assert_close(log_prob, ours.log_prob(x))
+    (x.sum() + log_prob.sum()).backward()
+    assert layer.weight.grad.abs().min() > 0
+    q = ours.as_distribution()
+    mixture = zuko.distributions.Mixture(q.expand((2,)), torch.zeros(2).double())
+    torch.testing.assert_close(mixture.log_prob(x), q.log_prob(x))
+
+
+def test_samples_of_lazy_transforms_send_gradients_to_weights():
+    flow, _, (first, maf, last) = mixed(exact=True)
+    x = flow.eval()().rsample((6,))
+    x.square().sum().backward()
+    for module in (first, maf, last):
+        assert all(p.grad.any() for n, p in module.named_parameters() if n != "weight_inv")
 
 
 def test_the_inverse_as_a_lazy_transform():

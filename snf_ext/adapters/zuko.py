@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Transform, constraints
 
 from ..bijection import Bijection, FlowStep, per_sample_zeros, wide_dtype
 from ..training.errors import require
+from ..transforms import BijectionTransform
 from .inversion import invert
 
 
@@ -112,60 +112,16 @@ class ZukoBijection(Bijection):
         return f"features={self.features}, context_features={self.context_features}"
 
 
-class BijectionTransform(Transform):
-    """A bijection, with its context, as a transform of torch.distributions and zuko.
+class _LazyTransform(BijectionTransform):
+    """What a :class:`LazyBijection` gives; steps are its own, as it keeps their ``recon``."""
 
-    Shapes: x ``(*, *event_shape)``, context ``(*, C)``, log-determinants ``(*)``; leading
-    dimensions are broadcast. See :func:`as_lazy_transform`.
-    """
+    def __init__(self, owner: LazyBijection, context: Tensor | None) -> None:
+        super().__init__(owner.bijection, owner.event_shape, context, exact=owner.exact)
+        self.owner = owner
 
-    bijective = True
-
-    def __init__(self, owner: LazyBijection, context: Tensor | None = None) -> None:
-        super().__init__()
-        self.owner, self.context = owner, context
-
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return _real(self.owner.event_shape)
-
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        return _real(self.owner.latent_shape)
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output and its ``log |det|``."""
-        flat, context, lead = self._flatten(x, self.owner.event_shape)
-        step = self.owner.step(flat, context)
-        return step.z.reshape(*lead, *self.owner.latent_shape), step.log_det.reshape(lead)
-
-    def _call(self, x: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[0]
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[1]
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        flat, context, lead = self._flatten(y, self.owner.latent_shape)
-        x = self.owner.bijection.inverse(flat, context, exact=self.owner.exact)
-        return x.reshape(*lead, *self.owner.event_shape)
-
-    def forward_shape(self, shape: tuple[int, ...]) -> torch.Size:
-        return _replace(shape, self.owner.event_shape, self.owner.latent_shape)
-
-    def inverse_shape(self, shape: tuple[int, ...]) -> torch.Size:
-        return _replace(shape, self.owner.latent_shape, self.owner.event_shape)
-
-    def _flatten(
-        self, x: Tensor, event_shape: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor | None, torch.Size]:
-        """One batch dimension in place of any number, for x and for the context."""
-        lead = _replace(x.shape, event_shape, ())
-        context = self.context
-        if context is not None:
-            lead = torch.broadcast_shapes(lead, context.shape[:-1])
-            context = context.expand(*lead, -1).reshape(-1, context.shape[-1])
-        return x.expand(*lead, *event_shape).reshape(-1, *event_shape), context, lead
+    def _step(self, x: Tensor, context: Tensor | None) -> FlowStep:
+        step = super()._step if self.exact else self.owner.bijection
+        return self.owner.keep(step(x, context))
 
 
 class LazyBijection(nn.Module):
@@ -180,12 +136,10 @@ class LazyBijection(nn.Module):
         self.recon: Tensor | None = None
 
     def forward(self, c: Tensor | None = None) -> BijectionTransform:
-        return BijectionTransform(self, c)
+        return _LazyTransform(self, c)
 
-    def step(self, x: Tensor, context: Tensor | None) -> FlowStep:
-        """One step of the bijection; in training mode its ``recon`` is kept."""
-        call = self.bijection.exact_forward if self.exact else self.bijection
-        step: FlowStep = call(x, context)
+    def keep(self, step: FlowStep) -> FlowStep:
+        """``step``, whose ``recon`` is kept in training mode."""
         self.recon = step.recon if self.training and torch.is_grad_enabled() else None
         return step
 
@@ -216,7 +170,7 @@ def as_lazy_transform(
         bijection: of this package, or of yours.
         event_shape: of one input, ``(D,)`` for vectors.
         exact: the exact value of ``log_det`` in training mode too, O(D³) a step, and the true
-            inverse in place of the learned one.
+            inverse in place of the learned one, as :class:`snf_ext.BijectionTransform`.
 
     Raises:
         UserError: zuko is not installed.
@@ -254,14 +208,3 @@ def pop_recon(flow: nn.Module) -> Tensor:
             "mode since the last pop_recon; got no reconstruction error"
         )
     return torch.stack(errors).sum(0)
-
-
-def _real(event_shape: tuple[int, ...]) -> constraints.Constraint:
-    return constraints.independent(constraints.real, len(event_shape))
-
-
-def _replace(shape: tuple[int, ...], old: tuple[int, ...], new: tuple[int, ...]) -> torch.Size:
-    """``shape`` with its last dimensions, ``old``, replaced by ``new``."""
-    if len(shape) < len(old) or tuple(shape[len(shape) - len(old) :]) != tuple(old):
-        raise ValueError(f"x must have shape [..., {', '.join(map(str, old))}]; got {list(shape)}")
-    return torch.Size((*shape[: len(shape) - len(old)], *new))
