@@ -28,13 +28,14 @@ SNF_INLINE uint32_t to_bits(float value) {
 #endif
 }
 
-// e^x, not below 2^-126 nor above 2^127.99.
+// e^x; 0 below 2^-126.
 SNF_INLINE float exp(float x) {
 #if defined(__CUDA_ARCH__)
   return ::expf(x);
 #else
-  x = x < -87.3365f ? -87.3365f : x;
-  x = x > 88.7228f ? 88.7228f : x;
+  const bool under = x < -87.3365f, over = x > 88.72283f;
+  x = under ? -87.3365f : x;
+  x = over ? 88.72283f : x;
   constexpr float kToWhole = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
   const float shifted = x * 1.44269504f + kToWhole;
   float n = shifted - kToWhole;
@@ -47,17 +48,20 @@ SNF_INLINE float exp(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + (r + 1.0f);
-  return p * from_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+  float y = p * from_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+  y = over ? __builtin_inff() : y;
+  return under ? 0.0f : y;
 #endif
 }
 
-// Natural logarithm: -inf at 0, nan below; numbers under 2^-126 count as 0.
+// Natural logarithm: -inf at 0, nan below.
 SNF_INLINE float log(float x) {
 #if defined(__CUDA_ARCH__)
   return ::logf(x);
 #else
-  const uint32_t bits = to_bits(x);
-  // x = 2^n m with m from sqrt(1/2) to sqrt(2)
+  const bool denormal = x < 1.17549435e-38f;
+  const uint32_t bits = to_bits(denormal ? x * 8388608.0f : x);  // 2^23
+  // 2^n m with m from sqrt(1/2) to sqrt(2)
   const int32_t n = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;
   const float m = from_bits(bits - (static_cast<uint32_t>(n) << 23)) - 1.0f;
   float p = 7.0376836292e-2f;
@@ -69,11 +73,11 @@ SNF_INLINE float log(float x) {
   p = p * m + 2.0000714765e-1f;
   p = p * m - 2.4999993993e-1f;
   p = p * m + 3.3333331174e-1f;
-  const float square = m * m, whole = static_cast<float>(n);
+  const float square = m * m, whole = static_cast<float>(n - (denormal ? 23 : 0));
   float y = p * m * square + whole * -2.12194440e-4f - 0.5f * square;
   y = (m + y) + whole * 0.693359375f;
   y = x == __builtin_inff() ? x : y;
-  y = x < 1.17549435e-38f ? -__builtin_inff() : y;
+  y = x == 0.0f ? -__builtin_inff() : y;
   return x < 0.0f || x != x ? __builtin_nanf("") : y;
 #endif
 }

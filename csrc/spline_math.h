@@ -40,14 +40,14 @@ template <typename T>
 SNF_INLINE T knot_slope(T raw) {
   const T slope =
       static_cast<T>(kSmallestSlope) + elementary::softplus(raw + static_cast<T>(kUnitSlope));
-  return slope < static_cast<T>(kLargestSlope) ? slope : static_cast<T>(kLargestSlope);
+  return slope > static_cast<T>(kLargestSlope) ? static_cast<T>(kLargestSlope) : slope;
 }
 
 // d knot_slope / d raw
 template <typename T>
 SNF_INLINE T knot_slope_derivative(T raw) {
   const T rate = elementary::sigmoid(raw + static_cast<T>(kUnitSlope));
-  return raw < static_cast<T>(kLargestSlope) ? rate : T(0);
+  return raw >= static_cast<T>(kLargestSlope) ? T(0) : rate;
 }
 
 // ---- One element -------------------------------------------------------------------------------
@@ -57,10 +57,11 @@ struct Bin {
   T x0, x1, y0, y1, d0, d1;
 };
 
+// NaN stays NaN, here and above: a parameter that is not a number must not pass for one.
 template <typename T>
 SNF_INLINE T unit_interval(T t) {
-  t = t > 0 ? t : T(0);
-  return t < 1 ? t : T(1);
+  t = t < 0 ? T(0) : t;
+  return t > 1 ? T(1) : t;
 }
 
 // Where x stands in its bin, from 0 to 1.

@@ -160,23 +160,25 @@ void correlate_block(
   Vector sum[kOutputs][kTaps];
   for (int o = 0; o < kOutputs; ++o)
     for (int j = 0; j < kTaps; ++j) sum[o][j] = Vector{};
-  const auto add = [&](const Vector(&d)[kOutputs], int64_t t) {
+  const int64_t rest = length % lanes, whole = length - rest;
+  // The last vector overlaps the one before. What is counted already is left out on both sides, not
+  // multiplied by 0: it may be infinite.
+  const auto fresh = last_lanes<T>(rest) > T(0);
+  const auto add = [&]<bool kLast>(int64_t t) {
+    Vector d[kOutputs];
+    for (int o = 0; o < kOutputs; ++o) {
+      d[o] = load(delta + o * plane_size + t);
+      if constexpr (kLast) d[o] = fresh ? d[o] : Vector{};
+    }
     for (int j = 0; j < kTaps; ++j) {
-      const Vector value = load(in + shifts[j] + t);
+      Vector value = load(in + shifts[j] + t);
+      if constexpr (kLast) value = fresh ? value : Vector{};
       for (int o = 0; o < kOutputs; ++o) sum[o][j] += d[o] * value;
     }
   };
-  const int64_t rest = length % lanes, whole = length - rest;
-  const Vector fresh = last_lanes<T>(rest);  // of the last vector, which overlaps the one before
   for (int64_t image = 0; image < images; ++image, delta += stride, in += stride) {
-    Vector d[kOutputs];
-    for (int64_t t = 0; t < whole; t += lanes) {
-      for (int o = 0; o < kOutputs; ++o) d[o] = load(delta + o * plane_size + t);
-      add(d, t);
-    }
-    if (rest == 0) continue;
-    for (int o = 0; o < kOutputs; ++o) d[o] = fresh * load(delta + o * plane_size + length - lanes);
-    add(d, length - lanes);
+    for (int64_t t = 0; t < whole; t += lanes) add.template operator()<false>(t);
+    if (rest > 0) add.template operator()<true>(length - lanes);
   }
   for (int o = 0; o < kOutputs; ++o)
     for (int j = 0; j < kTaps; ++j) grad[o * grad_stride + j] += sum_of_lanes<T>(sum[o][j]);

@@ -268,6 +268,17 @@ struct Room {
   }
 };
 
+// Zeros in the place of channels that fill up a vector: there an infinite number has met a weight
+// of 0, and NaN would go on into the sums over lanes.
+template <typename T>
+void clear_filling(const NetworkShape& shape, const Plane& plane, T* hidden) {
+  for (int64_t row = 0; row < shape.height; ++row)
+    for (int64_t column = 0; column < shape.width; ++column) {
+      T* channels = hidden + (plane.lead + row * plane.pitch + column) * shape.padded;
+      for (int64_t c = shape.hidden; c < shape.padded; ++c) channels[c] = T(0);
+    }
+}
+
 // The hidden channels of one image.
 template <typename T>
 void enter(const NetworkStep<T>& step, int64_t image, const Room<T>& room) {
@@ -280,6 +291,8 @@ void enter(const NetworkStep<T>& step, int64_t image, const Room<T>& room) {
   expand<T>(
       s, step.plane, room.first, s.padded, step.near.hidden, s.hidden, w.middle, w.bias_middle,
       nullptr, room.second);
+  clear_filling(s, step.plane, room.first);
+  clear_filling(s, step.plane, room.second);
 }
 
 template <typename T>

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <tuple>
 
 #include "../check.h"
@@ -109,14 +110,15 @@ void scaled_transpose(const T* in, int64_t features, T scale, T* out) {
   });
 }
 
-// delta' x + scale * other': the second term is laid down as the accumulator of the product.
-Tensor weight_gradient(const Tensor& delta, const Tensor& x, double scale, const Tensor& other) {
+// delta' x + scale * other', if there is a scale: laid down as the accumulator of the product.
+Tensor weight_gradient(
+    const Tensor& delta, const Tensor& x, std::optional<double> scale, const Tensor& other) {
   const int64_t features = x.size(1);
   Tensor grad = pooled_empty({features, features}, x.options());
-  if (scale == 0.0) return at::mm_out(grad, delta.t(), x);
+  if (!scale) return at::mm_out(grad, delta.t(), x);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "snf_linear_backward", [&] {
     scaled_transpose<scalar_t>(
-        other.const_data_ptr<scalar_t>(), features, static_cast<scalar_t>(scale),
+        other.const_data_ptr<scalar_t>(), features, static_cast<scalar_t>(*scale),
         grad.mutable_data_ptr<scalar_t>());
   });
   return grad.addmm_(delta.t(), x);
@@ -190,7 +192,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor dz = rows(grad_z, features), flat = rows(x, features);
   const Tensor w = wide(weight), r = wide(weight_inv);
   // Two weights share the gradient through z and log_det, or the forward one has all of it.
-  const double share = reconstructs ? 0.5 : 1.0, term = share * total(grad_log_det);
+  const double share = reconstructs ? 0.5 : 1.0;
+  // A gradient of 0 counts too: 0 times an infinite weight is no number.
+  std::optional<double> term, minus_term;
+  if (grad_log_det) {
+    term = share * total(grad_log_det);
+    minus_term = -*term;
+  }
   const auto type = x.scalar_type();
   Tensor dx, dw, dr, dc;
   if (mask[0] || mask[2]) dx = product(dz, w);
@@ -206,12 +214,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       if (penalty_share != 0) deltas.weight.addmm_(deltas.pull, r, /*beta=*/1, penalty_share);
       dw = weight_gradient(deltas.weight, flat, term, r);
     }
-    if (mask[2]) dr = weight_gradient(deltas.pull.sub_(dx, 0.5), deltas.y, -term, w);
+    if (mask[2]) dr = weight_gradient(deltas.pull.sub_(dx, 0.5), deltas.y, minus_term, w);
   } else {
     if (mask[1]) dw = weight_gradient(reconstructs ? dz * share : dz, flat, term, r);
     if (mask[2]) {
       const Tensor out = rows(*z, features);
-      dr = weight_gradient(dx * -0.5, bias ? out - wide(*bias) : out, -term, w);
+      dr = weight_gradient(dx * -0.5, bias ? out - wide(*bias) : out, minus_term, w);
     }
   }
   if (mask[3]) {

@@ -58,12 +58,15 @@ def smooth_leaky_relu_inverse(z: Tensor, alpha: float) -> tuple[Tensor, Tensor, 
         iterations = 0
         while iterations < NEWTON_LIMIT and x.numel():
             step = (_leaky_value(x, alpha) - wide) / _leaky_slope(x, alpha)
+            step = torch.where(x.isinf(), 0, step)  # there already; f(x) - z is no number
             x = x - step
             iterations += 1
             if not (step.abs() > tolerance * (1 + x.abs())).any():
                 break
     if wide.requires_grad:  # one more step carries the gradient dx/dz = 1 / f'(x)
-        x = x - (_leaky_value(x, alpha) - wide) / _leaky_slope(x, alpha).detach()
+        slope = _leaky_slope(x, alpha)
+        step = x - (_leaky_value(x, alpha) - wide) / slope
+        x = torch.where(x.isinf(), wide / slope, step)
     log_abs_det = -per_sample_sum(_leaky_slope(x, alpha).log())
     count = torch.tensor(iterations, device=z.device)
     return x.to(z.dtype), log_abs_det, count
