@@ -40,6 +40,7 @@ from .training.config import Config, resolve
 from .training.context import context_of
 from .training.errors import Diverged, UserError, require
 from .training.evaluate import bits_per_dim
+from .training.rebuild import rebuilt
 from .training.trackers import check_trackers
 from .training.world import World, is_first_process, is_restarted, joined, local_device
 
@@ -291,8 +292,7 @@ def _config(options: Train, resumed: dict[str, Any] | None) -> Config:
 def _load_flow(path: Path, device: str) -> tuple[Flow, Config, int | None]:
     """The flow of a checkpoint in evaluation mode, the run's settings, a pixel's levels."""
     content = checkpoint.load(path)
-    flow = build_flow(content["model"])
-    checkpoint.load_weights(flow, content, path)
+    flow = rebuilt(content, path, build_flow)
     levels = content["model"]["settings"].get("pixel_levels", 256)
     return flow.to(_device(device)).eval(), Config.from_dict(content["config"]), levels
 
