@@ -22,7 +22,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
@@ -47,6 +47,9 @@ def write_aside(path: Path) -> Iterator[Path]:
     meets the old file or the new one, never a part. The temporary name is fixed, so that one left
     by SIGKILL is overwritten by the next attempt.
 
+    Raises:
+        OSError: the disk is full, say; it names ``path``.
+
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> with write_aside(folder / "a.txt") as part:
@@ -61,8 +64,11 @@ def write_aside(path: Path) -> Iterator[Path]:
         with open(part, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # a folder that has become read-only
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # as of a full disk
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -86,8 +92,14 @@ def read_json(path: Path) -> Any:
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint with the parts listed above."""
-    with write_aside(path) as part:
-        torch.save({"format": FORMAT, "version": VERSION, **content}, part)
+    with write_aside(path) as part, open(part, "wb") as file:
+        try:
+            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+        except RuntimeError as error:
+            # torch tells of a full disk as of a wrong position, after what the disk told.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load(path: Path, resume: bool = False) -> dict[str, Any]:
