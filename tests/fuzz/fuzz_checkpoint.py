@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Fuzzes what resuming, evaluating and sampling read: a flow, or a :class:`UserError`.
 
     PYTHONPATH=.:tests python tests/fuzz/fuzz_checkpoint.py CORPUS -dict=tests/fuzz/checkpoint.dict

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Fuzzes the readers of data sets: any bytes are images or a :class:`UserError`.
 
     PYTHONPATH=.:tests python tests/fuzz/fuzz_data.py CORPUS
