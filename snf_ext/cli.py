@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ from .training.config import Config, resolve
 from .training.context import context_of
 from .training.errors import Diverged, UserError, require
 from .training.evaluate import bits_per_dim
+from .training.lock import held
+from .training.rebuild import rebuilt
 from .training.trackers import check_trackers
 from .training.world import World, is_first_process, is_restarted, joined, local_device
 
@@ -94,15 +96,16 @@ def train(options: Train) -> None:
     run.check_extras()
     _check_threads(options.threads)
     device = local_device(_device(options.device))
-    with joined(device) as world:
-        _train(options, device, world)
+    with joined(device) as world, ExitStack() as holds:
+        _train(options, device, world, holds)
 
 
-def _train(options: Train, device: torch.device, world: World) -> None:
+def _train(options: Train, device: torch.device, world: World, holds: ExitStack) -> None:
+    """``holds`` keeps the folder, which is for the first process alone to hold."""
     resume = options.resume or (is_restarted() and options.run_dir is not None)
     folder, resumed = None, None
     if resume:
-        folder, resumed = world.from_first(lambda: run.open_folder(options.run_dir))
+        folder, resumed = world.from_first(lambda: _opened(options.run_dir, holds))
     config = _config(options, resumed)
     check_trackers(config.track)
     if config.conditional:
@@ -114,7 +117,7 @@ def _train(options: Train, device: torch.device, world: World) -> None:
     build_flow(model)  # what does not fit must not leave a folder behind
     if folder is None:
         name = f"{config.model}-{config.data}"
-        folder = world.from_first(lambda: run.new_folder(options.run_dir, name))
+        folder = world.from_first(lambda: _made(options.run_dir, name, holds))
     if world.first:
         together = f", {world.size} processes" if world.size > 1 else ""
         print(
@@ -135,6 +138,18 @@ def _train(options: Train, device: torch.device, world: World) -> None:
     print(f"checkpoint: {folder / 'best.pt'}")
     print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
     print(f"log: tensorboard --logdir {folder / 'tensorboard'}")
+
+
+def _opened(path: Path | None, holds: ExitStack) -> tuple[Path, dict[str, Any] | None]:
+    if path is not None and path.is_dir():
+        holds.enter_context(held(path))
+    return run.open_folder(path)
+
+
+def _made(path: Path | None, name: str, holds: ExitStack) -> Path:
+    folder = run.new_folder(path, name)
+    holds.enter_context(held(folder))
+    return folder
 
 
 def evaluate(options: Evaluate) -> None:
@@ -291,8 +306,7 @@ def _config(options: Train, resumed: dict[str, Any] | None) -> Config:
 def _load_flow(path: Path, device: str) -> tuple[Flow, Config, int | None]:
     """The flow of a checkpoint in evaluation mode, the run's settings, a pixel's levels."""
     content = checkpoint.load(path)
-    flow = build_flow(content["model"])
-    checkpoint.load_weights(flow, content, path)
+    flow = rebuilt(content, path, build_flow)
     levels = content["model"]["settings"].get("pixel_levels", 256)
     return flow.to(_device(device)).eval(), Config.from_dict(content["config"]), levels
 

@@ -22,7 +22,7 @@ BAD = {
     "images": ("train --data images --data-dir full", "full must hold one .npz file, or"),
     "npz": (
         "train --data images --data-dir full/file",
-        "full/file must be a whole .npz file of plain arrays; got ValueError",
+        "full/file must be a whole .npz file of plain arrays; got BadZipFile",
     ),
     "penalty": ("train --log-det-penalty -1", "log_det_penalty must be finite, not negative"),
     "actnorm": ("train --actnorm-batches 0", "actnorm_batches must be at least 1; got 0"),

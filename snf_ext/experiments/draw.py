@@ -11,6 +11,7 @@ import torch
 
 from ..training.checkpoint import write_aside
 from ..training.errors import require
+from ..training.npz import read_npz
 from ..training.pictures import grid
 
 Draw = Callable[[dict[str, Any], Path, Path], None]
@@ -117,19 +118,20 @@ def sample_pairs(record: dict[str, Any], folder: Path, path: Path) -> None:
     panels = figure.subplots(len(shown), 2, squeeze=False)
     for line, row in zip(panels, shown, strict=True):
         first = next(run for run in row["runs"] if "difference" in run)
-        with np.load(folder / row["name"] / f"seed-{first['seed']}" / "samples.npz") as content:
-            for axes, side in zip(line, ("exact", "learned"), strict=True):
-                images = torch.from_numpy(content[side])
-                picture = grid(images, int(content["pixel_levels"])).numpy()
-                single = picture.shape[2] == 1
-                axes.imshow(
-                    picture[:, :, 0] if single else picture,
-                    cmap="gray" if single else None,
-                    vmin=0,
-                    vmax=1,
-                )
-                axes.set_title(f"{row['title']}: {side} inverse", fontsize=9)
-                axes.axis("off")
+        kept = folder / row["name"] / f"seed-{first['seed']}" / "samples.npz"
+        content = read_npz(kept, ("exact", "learned", "pixel_levels"))
+        for axes, side in zip(line, ("exact", "learned"), strict=True):
+            images = torch.from_numpy(content[side])
+            picture = grid(images, int(content["pixel_levels"])).numpy()
+            single = picture.shape[2] == 1
+            axes.imshow(
+                picture[:, :, 0] if single else picture,
+                cmap="gray" if single else None,
+                vmin=0,
+                vmax=1,
+            )
+            axes.set_title(f"{row['title']}: {side} inverse", fontsize=9)
+            axes.axis("off")
     _save(path, figure)
 
 

@@ -8,22 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..training.checkpoint import write_aside, write_json
+from ..training.checkpoint import read_json, write_aside, write_json
 from ..training.errors import UserError
 
 SETTINGS, OUTCOME, LAST = "settings.json", "outcome.json", "last.pt"
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of ours.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} must be whole JSON; {error}") from error
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -37,7 +25,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     wanted = _plain(settings)
     if (folder / SETTINGS).is_file():
-        before = read_json(folder / SETTINGS)
+        before = _object(folder / SETTINGS)
         for name in [*wanted, *before]:
             if before.get(name) != wanted.get(name):
                 raise UserError(
@@ -56,8 +44,14 @@ def outcome(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a run with just these settings left in ``folder``; None if it is not done."""
     if not ((folder / SETTINGS).is_file() and (folder / OUTCOME).is_file()):
         return None
-    same = read_json(folder / SETTINGS) == _plain(settings)
-    return read_json(folder / OUTCOME) if same else None
+    if _object(folder / SETTINGS) != _plain(settings):
+        return None
+    found = _object(folder / OUTCOME)
+    rows = found.get("rows")
+    of_rows = isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
+    if not of_rows and not isinstance(found.get("diverged"), str):
+        raise UserError(f"{folder / OUTCOME} must have the rows of a run; got another file")
+    return found
 
 
 def adopt(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -82,6 +76,13 @@ def adopt(folder: Path, settings: Mapping[str, Any]) -> None:
 def finish(folder: Path, found: Mapping[str, Any]) -> None:
     """Write what came out; from here on the run counts as done."""
     write_json(folder / OUTCOME, found)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must be a JSON object; got {type(content).__name__}")
+    return content
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

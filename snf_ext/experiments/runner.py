@@ -16,6 +16,7 @@ import torch
 
 from ..training import data as data_sets
 from ..training.errors import Diverged, UserError
+from ..training.lock import held
 from ..training.run import BuildFlow, Interrupted
 from . import folders, report, summary
 from .plan import SCALES, Experiment, Place, Unit
@@ -77,7 +78,8 @@ def reproduce(
         The record that ``NAME.json`` holds.
 
     Raises:
-        UserError: the request cannot be used, or a run's folder is of other settings.
+        UserError: the request cannot be used, a run's folder is of other settings, or another
+            process runs this experiment there.
         FileNotFoundError: a data set is missing; nothing was run.
         Interrupted: by a signal; the same command goes on.
         Failed: runs broke; their messages are in the record, and the same command tries again.
@@ -91,6 +93,19 @@ def reproduce(
     loaded = {name: data_sets.load(name, request.data_dir) for name in names}
     pictured = request.scale != "smoke"  # there they would take longer than training
     place = Place(request.device, loaded, build, request.progress, pictured)
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        return _reproduce(request, experiment, units, asked, folder, place)
+
+
+def _reproduce(
+    request: Request,
+    experiment: Experiment,
+    units: Sequence[Unit],
+    asked: Sequence[Unit],
+    folder: Path,
+    place: Place,
+) -> dict[str, Any]:
     for unit in asked:
         folders.claim(folder / unit.folder, unit.settings)
     record = _record(request, experiment, units, folder, {})

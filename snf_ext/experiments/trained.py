@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..training import run
+from ..training.checkpoint import read_json
 from ..training.config import Config
 from ..training.data import Dataset
-from .folders import LAST, adopt, read_json
+from .folders import LAST, adopt
 from .plan import Numbers, Place, Row, Unit, data_of, runs_of
 
 Extra = Callable[[Path, dict[str, Any], Dataset, int, Place], Numbers]

@@ -40,8 +40,11 @@ class AngleLog:
             return
         try:
             with open(self.path, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= done]
-        except (KeyError, TypeError, ValueError) as error:
+                table = csv.DictReader(file, strict=True)
+                self.rows = [row for row in table if int(row["step"]) <= done]
+                if any(None in row for row in self.rows):
+                    raise ValueError("more cells than columns")
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
             raise UserError(
                 f"{self.path} must have a column step of whole numbers; got another file"
             ) from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ..controllers import CONTROLLERS, KAPPA
 from .augment import AUGMENTATIONS
@@ -160,12 +161,28 @@ class Config:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            UserError: a setting is unknown or missing.
+            UserError: a setting is unknown, missing, of another type or out of range.
         """
         try:
-            return cls(**values)
+            config = cls(**values)
+            for name, kind in get_type_hints(cls).items():
+                value = getattr(config, name)
+                if not _is_a(value, kind):
+                    raise TypeError(f"{name} must be of type {kind}; got {value!r}")
+            return config
         except TypeError as error:
             raise UserError(f"the run's settings must fit this version; {error}") from error
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value that was JSON fits an annotation of :class:`Config`."""
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+    return isinstance(value, int | float if kind is float else kind)
 
 
 # Which settings may differ when a run goes on: those that leave the finished epochs as they are.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,15 @@ class Diverged(RuntimeError):
     def __reduce__(self) -> tuple[Any, ...]:  # to reach other processes
         state = {"cause": self.cause, "advice": self.advice, "step": self.step}
         return type(self), self.args, state
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether the disk failed: not the content of a file, which may name a place before its begin.
+
+    >>> is_of_the_disk(OSError(errno.EIO, "Input/output error")), is_of_the_disk(ValueError("no"))
+    (True, False)
+    """
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
 def require(module: str, extra: str = "train") -> ModuleType:

@@ -16,6 +16,7 @@ from .errors import UserError
 GZIP_MAGIC = b"\x1f\x8b"
 UNSIGNED_BYTE = 0x08
 MAX_BYTES = 2**33  # a header that asks for more is damaged
+MAX_RATIO = 1032  # deflate packs a run of equal bytes so far, and nothing further
 
 
 def read_idx(path: Path, event_shape: tuple[int, ...] = (28, 28)) -> Tensor:
@@ -42,7 +43,8 @@ def read_idx(path: Path, event_shape: tuple[int, ...] = (28, 28)) -> Tensor:
     opened = gzip.open if zipped else open
     try:
         with opened(path, "rb") as stream:
-            return _read(path, cast(BinaryIO, stream), event_shape)
+            most = path.stat().st_size * (MAX_RATIO if zipped else 1)
+            return _read(path, cast(BinaryIO, stream), event_shape, most)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} must be a whole gzip file; got a damaged one ({error})") from error
 
@@ -57,7 +59,8 @@ def header(content: Tensor) -> bytes:
     return struct.pack(f">HBB{rank}I", 0, UNSIGNED_BYTE, rank, *content.shape)
 
 
-def _read(path: Path, stream: BinaryIO, event_shape: tuple[int, ...]) -> Tensor:
+def _read(path: Path, stream: BinaryIO, event_shape: tuple[int, ...], most: int) -> Tensor:
+    """The content of a file that can hold ``most`` bytes: no header makes it take more memory."""
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0":
         raise UserError(f"{path} must start with an IDX magic number 0x0000....; got {_hex(magic)}")
@@ -78,7 +81,7 @@ def _read(path: Path, stream: BinaryIO, event_shape: tuple[int, ...]) -> Tensor:
         raise UserError(f"{path} must hold at least one {what[:-1]}; got none")
     if size > MAX_BYTES:
         raise UserError(f"{path} must hold at most {MAX_BYTES} bytes; its header says {size}")
-    body = bytearray(stream.read(size))
+    body = bytearray(stream.read(min(size, most)))
     if len(body) < size or stream.read(1):
         extra = "more" if len(body) == size else str(len(body))
         raise UserError(f"{path} must hold {size} bytes of {what}, as its header says; got {extra}")

@@ -177,7 +177,7 @@ class Trainer:
         checkpoint.load_weights(self.flow, content, path)
         try:
             restore(self.optimizer, content["optimizer"])
-        except (KeyError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} must fit the optimizer; {error}") from error
         self.history, self.best = content["history"], content["best"]
         self.start = content["start"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 BETAS, EPS = (0.9, 0.999), 1e-8
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of each parameter; with them "step", one number
 
 
 def adam(parameters: Iterable[Tensor], lr: float | Tensor, capturable: bool) -> Optimizer:
@@ -50,11 +51,28 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
 def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Put a state back; the settings stay ``optimizer``'s own, as they may be the device's.
 
+    The optimizers' fused code takes it as it is, whatever its size, so that is checked here.
+
     Raises:
-        KeyError, ValueError: it is not the state of such an optimizer.
+        KeyError, TypeError, ValueError: it is not the state of such an optimizer.
     """
     groups = [
         {**own, "params": saved["params"]}
         for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
     ]
-    optimizer.load_state_dict({**state, "param_groups": groups})
+    saved_numbers = [number for group in groups for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbered = dict(zip(saved_numbers, parameters, strict=True))
+    checked = {
+        number: _checked(of, numbered[number]) for number, of in dict(state["state"]).items()
+    }
+    optimizer.load_state_dict({"state": checked, "param_groups": groups})
+
+
+def _checked(of: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+    shape = tuple(parameter.shape)
+    shapes = {"step": (), **dict.fromkeys(MOMENTS, shape)}
+    got = {name: tuple(value.shape) for name, value in of.items() if value.is_floating_point()}
+    if got != shapes or len(of) != len(shapes):
+        raise ValueError(f"the state of a parameter of shape {shape} is another's")
+    return {name: value.contiguous() for name, value in of.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -90,11 +89,7 @@ def open_folder(path: Path | None) -> tuple[Path, dict[str, Any] | None]:
     if (path / "last.pt").is_file():
         content: dict[str, Any] | None = checkpoint.load(path / "last.pt", resume=True)
     elif (path / "config.json").is_file() and not (path / "history.json").exists():
-        try:
-            settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path / 'config.json'} must be JSON; {error}") from error
-        content = {"config": settings, "epoch": 0}
+        content = {"config": checkpoint.read_json(path / "config.json"), "epoch": 0}
     elif path.is_dir() and all(_is_left_over(entry) for entry in path.iterdir()):
         content = None
     else:

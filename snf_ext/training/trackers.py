@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from .checkpoint import write_json
+from .checkpoint import read_json, write_json
 from .errors import UserError, require
 
 Row = Mapping[str, Any]
@@ -237,10 +236,10 @@ class Records:
         if not path.exists():
             return
         try:
-            self.content = json.loads(path.read_text())
+            self.content = read_json(path)
             for record in self.content.values():
                 record["run"], record["epoch"] = str(record["run"]), int(record["epoch"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} must have a run and an epoch for each tracker; got another file "
                 "(without it the run's numbers go to new runs)"
