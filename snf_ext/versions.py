@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,8 @@ class Versioned(nn.Module):
     The version is torch's own: each module's ``_version``, in the ``_metadata`` that ``state_dict``
     carries. A subclass whose keys change raises it, and overrides :meth:`_migrate`. A state of a
     newer version is refused, with both versions; one that came without metadata (as a plain dict,
-    or from safetensors) is taken for any version up to the module's.
+    or from safetensors) is taken for any version up to the module's. Where an
+    older one lacks keys all the same, a warning has both versions.
 
     >>> import torch
     >>> class Scale(Versioned):
@@ -55,9 +57,10 @@ class Versioned(nn.Module):
         lists = (missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         lacking = missing_keys[before:]
-        if strict and lacking and version != self._version:
-            got = "no version" if version is None else f"version {version}"
-            error_msgs.append(
+        if lacking and version is not None and version < self._version:
+            # No error of its own: whether keys may be missing is the caller's to say.
+            warnings.warn(
                 f"the state of {where} must have {', '.join(lacking)}, as of version "
-                f"{self._version}; got {got}"
+                f"{self._version}; got version {version}",
+                stacklevel=5,
             )

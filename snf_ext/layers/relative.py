@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import exact
 from ..bijection import Bijection, FlowStep, wide_dtype
@@ -24,22 +23,42 @@ class _RelativeLinear(torch.autograd.Function):
         return (y.clone() if bias is None else y + bias), log_det
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_z, grad_log_det = grad_outputs
-        weight, y = ctx.saved_tensors
+        return _RelativeLinearBackward.apply(
+            grad_z, grad_log_det, *ctx.saved_tensors, *ctx.needs_input_grad
+        )
+
+
+class _RelativeLinearBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_z: Tensor,
+        grad_log_det: Tensor,
+        weight: Tensor,
+        y: Tensor,
+        *wanted: bool,
+    ) -> tuple[Tensor | None, ...]:
         features = weight.shape[0]
         delta, rows = grad_z.reshape(-1, features), y.reshape(-1, features)
         grad_x = grad_weight = grad_bias = None
         with without_autocast(y.device):
-            if ctx.needs_input_grad[0]:
+            if wanted[0]:
                 grad_x = (delta @ weight).reshape(y.shape)
-            if ctx.needs_input_grad[1]:
+            if wanted[1]:
                 # (delta x' + S W^-T) W'W = delta (y W) + S W: the inverse is gone.
                 grad_weight = delta.T @ (rows @ weight) + (grad_log_det.sum() * weight).to(weight)
-            if ctx.needs_input_grad[2]:
+            if wanted[2]:
                 grad_bias = delta.sum(0)
         return grad_x, grad_weight, grad_bias
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise NotImplementedError(
+            "double backward through RelativeLinear is not supported: the relative gradient of its "
+            "weight has no derivative of its own"
+        )
 
 
 def relative_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
