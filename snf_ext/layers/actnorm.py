@@ -112,9 +112,9 @@ class ActNorm(SetsParameters, Bijection):
                 f"ActNorm must see its first batches ({self._left} are left) before a CUDA graph "
                 "is captured; run more eager steps first, or initialize()"
             )
-        wide = x.detach().double()
+        wide = x.detach().to(self.sums.device).double()
         others = [d for d in range(x.dim()) if d != 1]
-        count = torch.full((1,), float(x.numel() // self.channels), device=x.device).double()
+        count = wide.new_full((1,), x.numel() // self.channels)
         found = torch.cat((wide.sum(others), wide.square().sum(others), count))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(found)
@@ -134,13 +134,18 @@ class ActNorm(SetsParameters, Bijection):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ActNorm:
         # Casting the module moves the sums but must not cost them their digits.
+        # Nor are they for a device that has no float64.
         kept = {name: getattr(self, name) for name in ("sums", "elements")}
+        self._buffers |= dict.fromkeys(kept)
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
             moved = fn(tensor.view(torch.int64))  # as integers, which casts leave alone
+            if moved.device.type == "mps":
+                self._buffers[name] = tensor.cpu()
+                continue
             if moved.dtype != torch.int64:  # but for .type()
                 moved = tensor.to(moved.device).view(torch.int64)
-            setattr(self, name, moved.view(torch.float64))
+            self._buffers[name] = moved.view(torch.float64)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

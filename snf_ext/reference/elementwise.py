@@ -65,7 +65,7 @@ def smooth_leaky_relu_inverse(z: Tensor, alpha: float) -> tuple[Tensor, Tensor, 
     if wide.requires_grad:  # one more step carries the gradient dx/dz = 1 / f'(x)
         x = x - (_leaky_value(x, alpha) - wide) / _leaky_slope(x, alpha).detach()
     log_abs_det = -per_sample_sum(_leaky_slope(x, alpha).log())
-    count = torch.tensor(iterations, device=z.device)
+    count = torch.full((), iterations, dtype=torch.int64, device=z.device)
     return x.to(z.dtype), log_abs_det, count
 
 
