@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import passes
+from .versions import Versioned
 
 
 class FlowStep(NamedTuple):
@@ -27,13 +28,15 @@ class FlowStep(NamedTuple):
     recon: Tensor
 
 
-class Bijection(nn.Module):
+class Bijection(Versioned):
     """An invertible map. ``forward`` goes from data x to noise z, ``inverse`` back.
 
     A subclass implements :meth:`forward` and :meth:`inverse`. It overrides
     :meth:`exact_forward` only if its training-mode ``log_det`` is a surrogate,
     :meth:`output_shape` only if it changes the shape of an event, and :meth:`parts` only if it
-    holds other bijections; such a one also takes ``refine`` and passes it on (:attr:`refines`).
+    holds other bijections; such a one also takes ``refine`` and passes it on (:attr:`refines`). One
+    with parameters or buffers has ``reset_parameters``, which starts those of its own anew (not
+    those of modules that it holds), so that it can be made on the meta device.
     """
 
     mixing: ClassVar[bool] = False

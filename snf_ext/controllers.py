@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import passes
 from .bijection import wide_dtype
+from .versions import Versioned
 
 KAPPA = 2e-3
 """The relative error that is allowed if nobody says otherwise: one number for all models of SNF."""
@@ -20,7 +22,7 @@ BOUNDS = (1e-2, 1e6)
 _MOST = 10.0  # violations count as at most this, so that no update overflows
 
 
-class Controller(nn.Module):
+class Controller(Versioned):
     """What gives one layer its weight lambda of the reconstruction penalty.
 
     The layer calls it in training mode, and recon comes back times the scalar lambda, in value and
@@ -77,8 +79,20 @@ class Controller(nn.Module):
         if not 0 <= ema < 1:
             raise ValueError(f"ema must be in [0, 1); got {ema}")
         self.kappa, self.ema, self.bounds = _positive("kappa", kappa), ema, bounds
-        self.register_buffer("recon_weight", torch.tensor(float(recon_weight)))
-        self.register_buffer("sums", torch.zeros(2))
+        self._start: dict[str, Any] = {}
+        self._keep(recon_weight=float(recon_weight), sums=[0.0, 0.0])
+
+    def _keep(self, **state: Any) -> None:
+        """Buffers that start at these numbers."""
+        self._start |= state
+        for name, value in state.items():
+            self.register_buffer(name, torch.tensor(value))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew."""
+        for name, value in self._start.items():
+            getattr(self, name).copy_(torch.tensor(value))
 
     @property
     def error(self) -> Tensor:
@@ -213,7 +227,7 @@ class Relative(Controller):
         if not -math.inf < least < 0 < most < math.inf:
             raise ValueError(f"limits must be finite and on either side of 0; got {limits}")
         self.limits = (least, most)
-        self.register_buffer("multiplier", self.recon_weight.clone())
+        self._keep(multiplier=float(recon_weight))
 
     def _next(self, error: Tensor) -> dict[str, Tensor]:
         violation = (error / (self.aim * self.kappa)).clamp(*map(math.exp, self.limits))
@@ -294,7 +308,7 @@ class ModifiedDifferentialMultipliers(Controller):
     ) -> None:
         super().__init__(kappa, recon_weight, ema=ema, bounds=bounds)
         self.rate, self.damping = _positive("rate", rate), _positive("damping", damping)
-        self.register_buffer("multiplier", self.recon_weight.clone())
+        self._keep(multiplier=float(recon_weight))
 
     def _next(self, error: Tensor) -> dict[str, Tensor]:
         v = self._violation(error)
@@ -350,10 +364,8 @@ class AugmentedLagrangian(Controller):
         if type(period) is not int or period < 1:
             raise ValueError(f"period must be an int of at least 1; got {period!r}")
         self.growth, self.period = growth, period
-        self.register_buffer("multiplier", self.recon_weight.clone())
-        self.register_buffer("penalty", torch.tensor(_positive("penalty", float(penalty))))
-        self.register_buffer("before", torch.tensor(_MOST))
-        self.register_buffer("left", torch.tensor(period))
+        start = {"multiplier": float(recon_weight), "penalty": _positive("penalty", float(penalty))}
+        self._keep(**start, before=_MOST, left=period)
 
     def _next(self, error: Tensor) -> dict[str, Tensor]:
         v = self._violation(error)

@@ -31,6 +31,9 @@ def once(owner: object, act: Callable[[], _T]) -> _T:
     For what a layer does to its state in a training pass: reversible training runs each bijection
     a second time in backward. ``owner`` is the layer, which does so once in a pass.
 
+    Raises:
+        RuntimeError: the layer is a replica of ``nn.DataParallel``, whose state is thrown away.
+
     >>> count, kept = [], {}
     >>> with first(kept):
     ...     once("layer", lambda: len(count) or count.append(1) or "done")
@@ -41,7 +44,14 @@ def once(owner: object, act: Callable[[], _T]) -> _T:
     >>> count
     [1]
     """
-    if torch.compiler.is_compiling() or _local.kept is None:
+    if torch.compiler.is_compiling():
+        return act()
+    if getattr(owner, "_is_replica", False):
+        raise RuntimeError(
+            f"{type(owner).__name__} changes its state in a pass; nn.DataParallel throws its "
+            "replicas away; use DistributedDataParallel, or start ActNorm by initialize()"
+        )
+    if _local.kept is None:
         return act()
     if not _local.again:
         _local.kept[owner] = act()

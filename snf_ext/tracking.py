@@ -154,15 +154,16 @@ def least_squares_kernel(
     >>> least_squares_kernel(w, (1, 1), (8, 8)).item()
     0.5
     """
-    taps = weight.double().unflatten(0, (groups, -1))  # group, channel, channel, rows, columns
+    wide = (weight.cpu() if weight.device.type == "mps" else weight).double()
+    taps = wide.unflatten(0, (groups, -1))  # group, channel, channel, rows, columns
     rows, columns = (
-        _tables(r, w, extent, dilation, circular, weight.device)
+        _tables(r, w, extent, dilation, circular, wide.device)
         for r, w, extent in zip(kernel_size, weight.shape[2:], spatial_shape, strict=True)
     )
     wanted = rows.back @ taps @ columns.back.T
     wanted = wanted.permute(0, 1, 3, 4, 2).flatten(1, 3)  # group, (channel, tap), channel
     found = _solved(_gram(taps, rows.meet, columns.meet, kernel_size), wanted)
-    return found.mT.reshape(*weight.shape[:2], *kernel_size).to(weight.dtype)
+    return found.mT.reshape(*weight.shape[:2], *kernel_size).to(weight)
 
 
 def _solved(gram: Tensor, wanted: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class ConvolutionLU:
     ) -> None:
         plan = plan_conv2d(tuple(weight.shape), spatial_shape, dilation, groups, circular)
         require_plan(plan, weight, spatial_shape)
-        wide = weight.detach().double().cpu()
+        wide = weight.detach().cpu().double()
         self._size, self._channels = spatial_shape, weight.shape[0]
         self._parts: list[_Fourier | _ZeroPadded] = (
             [_Fourier(wide, spatial_shape, dilation, groups)]

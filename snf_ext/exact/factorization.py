@@ -41,8 +41,9 @@ class DenseLU:
     def solve(self, rhs: Tensor) -> Tensor:
         if torch.isneginf(self.log_abs_det):
             raise ValueError("weight is singular: the layer has no inverse")
-        columns = rhs.T.to(self._lu)
-        return torch.linalg.lu_solve(self._lu, self._pivots, columns).T.to(rhs)
+        columns = rhs.T.to(self._lu.device).to(self._lu.dtype)  # in turn: MPS has no float64
+        solved = torch.linalg.lu_solve(self._lu, self._pivots, columns).T
+        return solved.to(rhs.dtype).to(rhs.device)
 
 
 def factorize_linear(weight: Tensor) -> Factorization:

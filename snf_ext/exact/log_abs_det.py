@@ -53,7 +53,8 @@ def conv2d_log_abs_det(
         plan = plan_conv2d(tuple(weight.shape), spatial_shape, dilation, groups, circular)
         require_plan(plan, weight, spatial_shape)
     if circular:
-        return fourier_log_abs_det(wide, spatial_shape, dilation, groups).to(weight)
+        total = fourier_log_abs_det(wide, spatial_shape, dilation, groups)
+        return total.to(weight.dtype).to(weight.device)  # in turn: MPS has no float64
     total = wide.new_zeros(())
     for piece in pieces((weight.shape[2], weight.shape[3]), spatial_shape, dilation):
         kernels = piece.kernels(wide, groups)
@@ -64,7 +65,7 @@ def conv2d_log_abs_det(
         else:
             value, _ = torch.ops.snf_ext.exact_log_abs_det(kernels, *piece.size)
         total = total + piece.copies * value
-    return total.to(weight)
+    return total.to(weight.dtype).to(weight.device)
 
 
 @torch.library.custom_op("snf_ext::exact_log_abs_det", mutates_args=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,17 +98,30 @@ class LeakyReLU(Bijection):
 class LearnableLeakyReLU(Bijection):
     """:class:`LeakyReLU` whose slope on the left is ``sigmoid(p) + 1/2``, in (0.5, 1.5).
 
-    Shapes: x ``(B, ...)``, z the same, ``log_det`` ``(B,)``. Parameter: ``p``, a scalar, started at
-    0, the identity. Source: SNF's public code.
+    Shapes: x ``(B, ...)``, z the same, ``log_det`` ``(B,)``. Parameter: ``p`` of ``(1,)``,
+    started at 0, the identity. Source: SNF's public code.
 
     >>> f = LearnableLeakyReLU()
     >>> f(torch.tensor([[-2.0, 2.0]])).z.tolist()
     [[-2.0, 2.0]]
     """
 
+    _version = 2  # version 1 had a scalar, which FSDP2 does not shard
+
     def __init__(self) -> None:
         super().__init__()
-        self.p = nn.Parameter(torch.zeros(()))
+        self.p = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew, at the identity."""
+        self.p.zero_()
+
+    def _migrate(self, state: dict[str, Any], prefix: str, version: int | None) -> None:
+        p = state.get(prefix + "p")
+        if p is not None and p.dim() == 0:
+            state[prefix + "p"] = p.reshape(1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         wide = wide_dtype(x.dtype)

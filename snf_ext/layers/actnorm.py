@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops, passes
 from ..bijection import Bijection, FlowStep, per_sample_zeros
+from ..own_parameters import SetsParameters
 from .event import check_channels, checked_size
 
 EPS = 1e-6
@@ -19,7 +20,7 @@ EPS = 1e-6
 CONSTANT = 1e-12
 
 
-class ActNorm(Bijection):
+class ActNorm(SetsParameters, Bijection):
     """``z = (x - shift) exp(-log_scale)`` for each channel, started from data.
 
     Over its first M batches in training mode the layer adds up, in float64, each channel's sum
@@ -33,7 +34,8 @@ class ActNorm(Bijection):
       is), says nothing about its scale, and gets the scale 1. No scale is below 1e-6.
     - Empty batches are not counted.
     - With ``torch.distributed`` in use the sums are those of all ranks.
-    - What has been counted is saved with the state: a loaded layer goes on where it was.
+    - What has been counted is saved with the state: a loaded layer goes on where it was. A state
+      of ``shift`` and ``log_scale`` alone, loaded with ``strict=False``, counts as started.
     - During the first M batches what an optimizer does to ``shift`` and ``log_scale`` is
       overwritten, and a batch needs its backward before the next forward. :func:`initialize` runs
       the M batches before training instead.
@@ -65,13 +67,18 @@ class ActNorm(Bijection):
         super().__init__()
         self.channels = checked_size("channels", channels)
         self.init_batches = checked_size("init_batches", init_batches)
-        self.shift = nn.Parameter(torch.zeros(channels))
-        self.log_scale = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("sums", torch.zeros(2, channels, dtype=torch.float64))
-        self.register_buffer("elements", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("batches_left", torch.tensor(init_batches))
+        self.shift = nn.Parameter(torch.empty(channels))
+        self.log_scale = nn.Parameter(torch.empty(channels))
+        self.register_buffer("sums", torch.empty(2, channels, dtype=torch.float64))
+        self.register_buffer("elements", torch.empty((), dtype=torch.float64))
+        self.register_buffer("batches_left", torch.empty((), dtype=torch.int64))
         # Beside the buffer, so that a step need not ask the device.
         self._left = init_batches
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start anew: at the identity, to start from the next batches."""
+        self.reset_initialization()
 
     @property
     def initialized(self) -> bool:
@@ -105,9 +112,9 @@ class ActNorm(Bijection):
                 f"ActNorm must see its first batches ({self._left} are left) before a CUDA graph "
                 "is captured; run more eager steps first, or initialize()"
             )
-        wide = x.detach().double()
+        wide = x.detach().to(self.sums.device).double()
         others = [d for d in range(x.dim()) if d != 1]
-        count = torch.full((1,), float(x.numel() // self.channels), device=x.device).double()
+        count = wide.new_full((1,), x.numel() // self.channels)
         found = torch.cat((wide.sum(others), wide.square().sum(others), count))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(found)
@@ -120,22 +127,32 @@ class ActNorm(Bijection):
         variance = mean_square - mean.square()
         log_scale = torch.log(variance.clamp(min=0).sqrt() + EPS)
         constant = variance <= CONSTANT * mean_square
+        log_scale = log_scale.masked_fill(constant, 0.0)
         self.shift.copy_(mean)
-        self.log_scale.copy_(log_scale.masked_fill(constant, 0.0))
+        self.log_scale.copy_(log_scale)
+        self._written(shift=mean, log_scale=log_scale)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ActNorm:
         # Casting the module moves the sums but must not cost them their digits.
+        # Nor are they for a device that has no float64.
         kept = {name: getattr(self, name) for name in ("sums", "elements")}
+        self._buffers |= dict.fromkeys(kept)
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
             moved = fn(tensor.view(torch.int64))  # as integers, which casts leave alone
+            if moved.device.type == "mps":
+                self._buffers[name] = tensor.cpu()
+                continue
             if moved.dtype != torch.int64:  # but for .type()
                 moved = tensor.to(moved.device).view(torch.int64)
-            setattr(self, name, moved.view(torch.float64))
+            self._buffers[name] = moved.view(torch.float64)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        counted, set_ = prefix + "batches_left" in state_dict, prefix + "shift" in state_dict
+        if set_ and not counted:  # somebody else's numbers, which no batch shall overwrite
+            self.batches_left.zero_()
         if not self.batches_left.is_meta:
             self._left = int(self.batches_left)
 

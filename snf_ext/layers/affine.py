@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..bijection import Bijection, FlowStep, per_sample_sum, per_sample_zeros, wide_dtype
 from ..reference.elementwise import LOG_SCALE_BOUND
 from .event import check_context, check_events, checked_event_shape, checked_size
+from .initial import ZeroLinear
 
 
 class ComponentwiseAffine(Bijection):
@@ -40,14 +41,20 @@ class ComponentwiseAffine(Bijection):
         super().__init__()
         self.event_shape = checked_event_shape(event_shape)
         self.context_features = checked_size("context_features", context_features, 0)
-        self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
-        self.shift = nn.Parameter(torch.zeros(self.event_shape))
-        self.from_context: nn.Linear | None = None
+        self.log_scale = nn.Parameter(torch.empty(self.event_shape))
+        self.shift = nn.Parameter(torch.empty(self.event_shape))
+        self.from_context: ZeroLinear | None = None
         if context_features:
             # No bias: log_scale and shift are it.
             outputs = 2 * self.log_scale.numel()
-            self.from_context = nn.Linear(context_features, outputs, bias=False)
-            nn.init.zeros_(self.from_context.weight)
+            self.from_context = ZeroLinear(context_features, outputs, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew, at the identity."""
+        self.log_scale.zero_()
+        self.shift.zero_()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         check_events(x, "x", self.event_shape)

@@ -55,10 +55,18 @@ class BatchNorm(Bijection):
             raise ValueError(f"eps must be positive; got {eps}")
         self.channels = checked_size("channels", channels)
         self.momentum, self.eps = momentum, eps
-        self.log_scale = nn.Parameter(torch.zeros(channels))
-        self.shift = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
+        self.log_scale = nn.Parameter(torch.empty(channels))
+        self.shift = nn.Parameter(torch.empty(channels))
+        self.register_buffer("running_mean", torch.empty(channels))
+        self.register_buffer("running_var", torch.empty(channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew, the running mean and variance too."""
+        for tensor in (self.log_scale, self.shift, self.running_mean):
+            tensor.zero_()
+        self.running_var.fill_(1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         check_channels(x, "x", self.channels)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .initial import ZeroConv2d, ZeroLinear
 
 
 class ScaledConv2d(nn.Module):
@@ -22,11 +23,14 @@ class ScaledConv2d(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.logs = nn.Parameter(torch.zeros(outputs, 1, 1))
-        nn.init.zeros_(self.conv.weight)
-        assert self.conv.bias is not None
-        nn.init.zeros_(self.conv.bias)
+        self.conv = ZeroConv2d(inputs, outputs, 3, padding=1)
+        self.logs = nn.Parameter(torch.empty(outputs, 1, 1))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew: s = 0."""
+        self.logs.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         # The kernel is scaled rather than the output, which autograd would have to keep for s.
@@ -78,16 +82,14 @@ class ImageNetwork(nn.Sequential):
             return False
         inside = [*layers, layers[-1].conv]
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        return type(inside[-1]) is nn.Conv2d and not any(
+        return type(inside[-1]) is ZeroConv2d and not any(
             getattr(module, kind) for module in inside for kind in hooks
         )
 
 
 def vector_network(inputs: int, outputs: int, width: int) -> nn.Sequential:
     """Linear - ReLU - linear - ReLU - linear; gives zeros at first."""
-    last = nn.Linear(width, outputs)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    last = ZeroLinear(width, outputs)
     return nn.Sequential(
         nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), last
     )

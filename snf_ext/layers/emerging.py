@@ -52,9 +52,19 @@ class EmergingConv2d(Bijection):
         super().__init__()
         self.shape = ConvShape.checked(channels, kernel_size, 1, 1, "zeros", 1)
         self.pointwise = PlainConv1x1(channels, bias=False)
-        self.lower = nn.Parameter(_start(self.shape, upper=False))
-        self.upper = nn.Parameter(_start(self.shape, upper=True))
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        rows, columns = (extent // 2 + 1 for extent in self.shape.kernel_size)
+        self.lower = nn.Parameter(torch.empty(channels, channels, rows, columns))
+        self.upper = nn.Parameter(torch.empty(channels, channels, rows, columns))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew: l and u near the identity, c = 0; Q is another module's."""
+        for kernel, upper in ((self.lower, False), (self.upper, True)):
+            kernel.copy_(_start(kernel.shape, upper))
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         self.shape.check_image(x, "x")
@@ -97,9 +107,7 @@ class EmergingConv2d(Bijection):
         return f"{self.shape.channels}, kernel_size={kernel_size}, bias={self.bias is not None}"
 
 
-def _start(shape: ConvShape, upper: bool) -> Tensor:
-    rows, columns = (extent // 2 + 1 for extent in shape.kernel_size)
-    kernel = torch.empty(shape.channels, shape.channels, rows, columns)
-    nn.init.xavier_normal_(kernel, gain=0.01)
-    anchor(kernel, upper).add_(torch.eye(shape.channels))
+def _start(shape: torch.Size, upper: bool) -> Tensor:
+    kernel = nn.init.xavier_normal_(torch.empty(shape), gain=0.01)
+    anchor(kernel, upper).add_(torch.eye(shape[0]))
     return kernel

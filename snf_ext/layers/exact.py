@@ -37,9 +37,17 @@ class ExactLinear(Bijection):
         if features < 1:
             raise ValueError(f"features must be at least 1; got {features}")
         self.features = features
-        self.weight = nn.Parameter(near_identity((features, features)))
-        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+        self.weight = nn.Parameter(torch.empty(features, features))
+        self.bias = nn.Parameter(torch.empty(features)) if bias else None
         self._cache = exact.FactorizationCache()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew: W near the identity, c = 0."""
+        self.weight.copy_(near_identity(self.weight.shape))
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         z = F.linear(x, self.weight, self.bias)
@@ -95,10 +103,18 @@ class ExactConv2d(Bijection):
         self.shape = ConvShape.checked(
             channels, kernel_size, dilation, groups, padding_mode, stride
         )
-        begin = STARTS[checked_start(start)]
-        self.weight = nn.Parameter(begin(self.shape.weight_shape(), groups))
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.start = checked_start(start)
+        self.weight = nn.Parameter(torch.empty(self.shape.weight_shape()))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self._cache = exact.FactorizationCache()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew: w near Dirac or orthogonal, c = 0."""
+        self.weight.copy_(STARTS[self.start](self.weight.shape, self.shape.groups))
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         self.shape.check_image(x, "x")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bijection import Bijection, FlowStep, per_sample_zeros, wide_dtype
+from ..reference.autocast import without_autocast
 from ..reference.convolution import convolve
 from .conv_shape import ConvShape, image_size
 from .glow_mixing import PlainConv1x1
@@ -66,13 +67,21 @@ class ExponentialConv2d(Bijection):
         self.shape = ConvShape.checked(channels, kernel_size, 1, 1, "zeros", 1)
         self.norm_bound = norm_bound
         self.pointwise = PlainConv1x1(channels, bias=False)
-        kernel = torch.randn(self.shape.weight_shape())
-        self.weight = nn.Parameter(kernel / kernel[0].numel())
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.weight = nn.Parameter(torch.empty(self.shape.weight_shape()))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew: the kernel at noise, c = 0; Q is another module's."""
+        self.weight.copy_(torch.randn(self.weight.shape) / self.weight[0].numel())
+        if self.bias is not None:
+            self.bias.zero_()
 
     def kernel(self) -> Tensor:
         """m, the kernel of M: the weight, scaled down to a norm of ``norm_bound`` at most."""
-        bound = spectral_norm_bound(self.weight)
+        with without_autocast(self.weight.device):
+            bound = spectral_norm_bound(self.weight)
         return self.weight.to(bound.dtype) / (bound / self.norm_bound).clamp(min=1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:

@@ -15,7 +15,7 @@ from ..constraint import weighted
 from ..controllers import Controller
 from ..jacobian import EventMap, jacobian, orthonormal_probes, pulled, pushed
 from ..newton import newton_inverse
-from ..reference.autocast import without_autocast
+from ..reference.autocast import widened_under_autocast, without_autocast
 from ..refine import Refined, checked_refine, checked_steps, refined
 from .event import check_events, checked_event_shape, checked_size
 from .gradients import halved, mirrored
@@ -72,6 +72,8 @@ class SelfNormBijection(Refining):
         ValueError: ``event_shape`` has no positive sizes, ``probes`` is out of range,
             ``jvp_weight`` is negative or not finite; x does not fit; f or g changes the shape.
 
+    Under autocast f and g run in float32: what rounding adds to g(f(x)) would be in recon.
+
     Cost: a training step takes 2 + P passes through each of f and g, and their gradients; with
     ``jvp_weight`` P more. Exact values take D passes through f and O(D^3) for each sample.
     Source: SNF 3.2, equations 3-5; 31 for ``jvp_weight``, where v is uniform in the unit cube and
@@ -118,10 +120,14 @@ class SelfNormBijection(Refining):
         """``z = f(x)``; ``log_det`` a surrogate in training mode, else exact."""
         if not self.training:
             return self.exact_forward(x)
-        return weighted(self._surrogate_forward(x), self.controller, x)
+        (x,) = widened_under_autocast(x)
+        with without_autocast(x.device):
+            step = self._surrogate_forward(x)
+        return weighted(step, self.controller, x)
 
     def exact_forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         check_events(x, "x", self.event_shape)
+        (x,) = widened_under_autocast(x)
         f, g = _applied("f", self.f), _applied("g", self.g)
         with without_autocast(x.device):
             slope = jacobian(self._wide_f(x), x.to(wide_dtype(x.dtype)))
@@ -172,11 +178,12 @@ class SelfNormBijection(Refining):
             return self._refined(z, refine, f"{type(self).__name__}({self.extra_repr()})").x.to(
                 z.dtype
             )
-        start = _applied("g", self.g)(z)
-        if not exact:
-            return start
+        (z,) = widened_under_autocast(z)
         wide = wide_dtype(z.dtype)
         with without_autocast(z.device):
+            start = _applied("g", self.g)(z)
+            if not exact:
+                return start
             x = newton_inverse(self._wide_f(z), z.to(wide), start.detach().to(wide))
         return x.to(z.dtype)
 
@@ -230,7 +237,7 @@ def _applied(
             raise ValueError(
                 f"{name} must keep the shape of its input, {list(x.shape)}; got {list(y.shape)}"
             )
-        return y.to(x.dtype)  # under autocast it may be narrower
+        return y.to(x.dtype)
 
     return function
 

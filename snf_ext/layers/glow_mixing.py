@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import exact
 from ..bijection import Bijection, FlowStep, per_sample_zeros, wide_dtype
+from ..reference.autocast import without_autocast
 from .conv_shape import ConvShape, image_size
+from .initial import random_orthogonal
 
 
 class _Conv1x1(Bijection):
     """``z = W x + c`` at each pixel; a subclass says what W is.
 
-    W is made, and its determinant taken, in float32 at least.
+    W is made, its determinant taken and its inverse applied in float32 at least.
     """
 
     mixing = True
@@ -23,7 +27,17 @@ class _Conv1x1(Bijection):
     def __init__(self, channels: int, bias: bool) -> None:
         super().__init__()
         self.shape = ConvShape.checked(channels, 1, 1, 1, "zeros", 1)
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew: W as the layer says, c = 0."""
+        self._reset_matrix()
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def _reset_matrix(self) -> None:
+        raise NotImplementedError
 
     def matrix(self) -> Tensor:
         """W, ``(C, C)``, with its gradient."""
@@ -38,7 +52,9 @@ class _Conv1x1(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         self.shape.check_image(x, "x")
-        z = F.conv2d(x, self.matrix().to(x.dtype)[:, :, None, None], self.bias)
+        with without_autocast(x.device):  # rounded, W would not be what its log_det is of
+            matrix = self.matrix().to(x.dtype)
+        z = F.conv2d(x, matrix[:, :, None, None], self.bias)
         zeros = per_sample_zeros(x)
         return FlowStep(z, zeros + self.log_abs_det((x.shape[2], x.shape[3])), zeros)
 
@@ -51,7 +67,8 @@ class _Conv1x1(Bijection):
         self.shape.check_image(z, "z")
         y = z if self.bias is None else z - self.bias[:, None, None]
         columns = y.transpose(0, 1).flatten(1)
-        solved = self._solve(columns.to(wide_dtype(columns.dtype))).to(y.dtype)
+        with without_autocast(z.device):
+            solved = self._solve(columns.to(wide_dtype(columns.dtype))).to(y.dtype)
         return solved.unflatten(1, (z.shape[0], *z.shape[2:])).transpose(0, 1)
 
     def log_abs_det(self, spatial_shape: tuple[int, int]) -> Tensor:
@@ -85,8 +102,12 @@ class PlainConv1x1(_Conv1x1):
 
     def __init__(self, channels: int, *, bias: bool = True) -> None:
         super().__init__(channels, bias)
-        self.weight = nn.Parameter(_orthogonal(channels))
+        self.weight = nn.Parameter(torch.empty(channels, channels))
         self._cache = exact.FactorizationCache()
+        self.reset_parameters()
+
+    def _reset_matrix(self) -> None:
+        self.weight.copy_(random_orthogonal(self.shape.channels))
 
     def matrix(self) -> Tensor:
         return self.weight
@@ -128,17 +149,30 @@ class LUConv1x1(_Conv1x1):
     True
     """
 
+    _version = 2  # version 1 had L and U in two parameters
     permutation: Tensor
     sign: Tensor
 
     def __init__(self, channels: int, *, bias: bool = True) -> None:
         super().__init__(channels, bias)
-        permutation, lower, upper = torch.linalg.lu(_orthogonal(channels))
+        self.lu = nn.Parameter(torch.empty(channels, channels))
+        self.log_s = nn.Parameter(torch.empty(channels))
+        self.register_buffer("permutation", torch.empty(channels, dtype=torch.int64))
+        self.register_buffer("sign", torch.empty(channels))
+        self.reset_parameters()
+
+    def _reset_matrix(self) -> None:
+        permutation, lower, upper = torch.linalg.lu(random_orthogonal(self.shape.channels))
         s = upper.diagonal()
-        self.lu = nn.Parameter(lower.tril(-1) + upper.triu(1))
-        self.log_s = nn.Parameter(s.abs().log())
-        self.register_buffer("permutation", permutation.argmax(1))
-        self.register_buffer("sign", s.sign())
+        self.lu.copy_(lower.tril(-1) + upper.triu(1))
+        self.log_s.copy_(s.abs().log())
+        self.permutation.copy_(permutation.argmax(1))
+        self.sign.copy_(s.sign())
+
+    def _migrate(self, state: dict[str, Any], prefix: str, version: int | None) -> None:
+        lower, upper = prefix + "lower", prefix + "upper"
+        if {lower, upper} <= state.keys():  # of version 1
+            state[prefix + "lu"] = state.pop(lower).tril(-1) + state.pop(upper).triu(1)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         lu = self.lu.to(wide_dtype(self.lu.dtype))
@@ -190,7 +224,11 @@ class HouseholderConv1x1(_Conv1x1):
         count = channels if reflections is None else reflections
         if count < 1:
             raise ValueError(f"reflections must be at least 1; got {count}")
-        self.vectors = nn.Parameter(torch.randn(count, channels))
+        self.vectors = nn.Parameter(torch.empty(count, channels))
+        self.reset_parameters()
+
+    def _reset_matrix(self) -> None:
+        self.vectors.copy_(torch.randn(self.vectors.shape))
 
     def matrix(self) -> Tensor:
         v = F.normalize(self.vectors.to(wide_dtype(self.vectors.dtype)), dim=1)
@@ -207,7 +245,3 @@ class HouseholderConv1x1(_Conv1x1):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, reflections={self.vectors.shape[0]}"
-
-
-def _orthogonal(channels: int) -> Tensor:
-    return nn.init.orthogonal_(torch.empty(channels, channels))

@@ -36,6 +36,28 @@ def random_orthogonal(size: int) -> Tensor:
     return nn.init.orthogonal_(torch.empty(size, size))
 
 
+class ZeroLinear(nn.Linear):
+    """A linear map that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # what it draws is drawn, so that a seed means what it meant
+        _zero(self)
+
+
+class ZeroConv2d(nn.Conv2d):
+    """A convolution that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _zero(self)
+
+
+@torch.no_grad()
+def _zero(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.zero_()
+
+
 STARTS: dict[str, Callable[..., Tensor]] = {
     "identity": near_identity,
     "orthogonal": near_orthogonal,

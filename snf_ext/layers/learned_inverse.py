@@ -13,6 +13,7 @@ from .. import exact, ops, passes, shard, tracking
 from ..bijection import FlowStep, wide_dtype
 from ..constraint import weighted
 from ..controllers import Controller
+from ..own_parameters import SetsParameters
 from ..reference.autocast import without_autocast
 from ..refine import Refined, checked_steps, refined
 from .debias import Debias
@@ -20,12 +21,13 @@ from .refining import Refining
 from .upkeep import Penalty, Tracked, Upkeep, checked_upkeep
 
 
-class LearnedInverse(Refining):
+class LearnedInverse(SetsParameters, Refining):
     """A layer with a weight W, its learned inverse R, and a cache of the exact factorisation.
 
     Subclasses say what linear map their weights stand for, and how R is fitted and corrected.
     """
 
+    _version = 2  # version 1 had no tracked inverses, and so no "due"
     mixing = True
     event_dims: ClassVar[int]
     weight: nn.Parameter
@@ -41,8 +43,13 @@ class LearnedInverse(Refining):
         self.controller = None
         self.growth: Tensor | None = None  # of the last probes by I - W R, where they are debiased
         self.held = False  # whether others call keep_up, and training does not
-        self._due = torch.tensor(0)  # steps to the next fit; on the CPU, wherever the weights are
+        self._due = torch.zeros((), dtype=torch.int64, device="cpu")  # steps to the next fit
         self._image: tuple[int, ...] = ()  # size of the last batch's images
+
+    @property
+    def due(self) -> Tensor:
+        """Steps to the next fit of a tracked inverse: saved with its state, and on the CPU."""
+        return self._due
 
     @property
     def gradient_share(self) -> float:
@@ -78,6 +85,7 @@ class LearnedInverse(Refining):
         if not self.held:
             self.keep_up()
         self._make_right_on(x, how)
+        self._written(weight_inv=self.weight_inv)
 
     def exact_forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         z, log_det, recon = self._step(x)
@@ -163,7 +171,7 @@ class LearnedInverse(Refining):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         # Only when to fit: a state of a layer that is kept otherwise will do.
         due = state_dict.get(prefix + "due")
-        self._due.fill_(0 if due is None else int(due))
+        self._due.fill_(0 if due is None or due.is_meta else int(due))
         if prefix + "due" in unexpected_keys:
             unexpected_keys.remove(prefix + "due")
 

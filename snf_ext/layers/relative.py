@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import exact
 from ..bijection import Bijection, FlowStep, wide_dtype
+from ..reference.autocast import widened_under_autocast, without_autocast
 from .initial import near_identity
 
 
@@ -23,27 +23,49 @@ class _RelativeLinear(torch.autograd.Function):
         return (y.clone() if bias is None else y + bias), log_det
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_z, grad_log_det = grad_outputs
-        weight, y = ctx.saved_tensors
+        return _RelativeLinearBackward.apply(
+            grad_z, grad_log_det, *ctx.saved_tensors, *ctx.needs_input_grad
+        )
+
+
+class _RelativeLinearBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_z: Tensor,
+        grad_log_det: Tensor,
+        weight: Tensor,
+        y: Tensor,
+        *wanted: bool,
+    ) -> tuple[Tensor | None, ...]:
         features = weight.shape[0]
         delta, rows = grad_z.reshape(-1, features), y.reshape(-1, features)
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (delta @ weight).reshape(y.shape)
-        if ctx.needs_input_grad[1]:
-            # (delta x' + S W^-T) W'W = delta (y W) + S W: the inverse is gone.
-            grad_weight = delta.T @ (rows @ weight) + (grad_log_det.sum() * weight).to(weight)
-        if ctx.needs_input_grad[2]:
-            grad_bias = delta.sum(0)
+        with without_autocast(y.device):
+            if wanted[0]:
+                grad_x = (delta @ weight).reshape(y.shape)
+            if wanted[1]:
+                # (delta x' + S W^-T) W'W = delta (y W) + S W: the inverse is gone.
+                grad_weight = delta.T @ (rows @ weight) + (grad_log_det.sum() * weight).to(weight)
+            if wanted[2]:
+                grad_bias = delta.sum(0)
         return grad_x, grad_weight, grad_bias
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise NotImplementedError(
+            "double backward through RelativeLinear is not supported: the relative gradient of its "
+            "weight has no derivative of its own"
+        )
 
 
 def relative_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """``z = W x + c`` and a ``log_det`` of value 0, with the relative gradient of W.
 
-    Shapes: x ``(..., D)``, weight ``(D, D)``, bias ``(D,)``; z as x, ``log_det`` ``(...)``.
+    Shapes: x ``(..., D)``, weight ``(D, D)``, bias ``(D,)``; z as x, ``log_det`` ``(...)``. Under
+    autocast all is float32, as in the self-normalizing layers.
 
     >>> weight = torch.eye(2).mul(2).requires_grad_()
     >>> z, log_det = relative_linear(torch.ones(1, 2), weight, None)
@@ -52,7 +74,9 @@ def relative_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
     tensor([[2., 0.],
             [0., 2.]])
     """
-    return _RelativeLinear.apply(x, weight, bias)
+    tensors = widened_under_autocast(x, weight, bias)
+    with without_autocast(x.device):
+        return _RelativeLinear.apply(*tensors)
 
 
 class RelativeLinear(Bijection):
@@ -91,9 +115,17 @@ class RelativeLinear(Bijection):
         if features < 1:
             raise ValueError(f"features must be at least 1; got {features}")
         self.features = features
-        self.weight = nn.Parameter(near_identity((features, features)))
-        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+        self.weight = nn.Parameter(torch.empty(features, features))
+        self.bias = nn.Parameter(torch.empty(features)) if bias else None
         self._cache = exact.FactorizationCache()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew: W near the identity, c = 0."""
+        self.weight.copy_(near_identity(self.weight.shape))
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         return self._step(x) if self.training else self.exact_forward(x)

@@ -72,6 +72,7 @@ class SelfNormLinear(LearnedInverse):
         """Start anew: W near the identity, R = W', c = 0."""
         self.weight.copy_(near_identity(self.weight.shape))
         self.weight_inv.copy_(self.weight.T)
+        self._due.zero_()
         if self.bias is not None:
             self.bias.zero_()
 
@@ -240,6 +241,7 @@ class SelfNormConv2d(LearnedInverse):
         self.weight.copy_(STARTS[self.start](self.weight.shape, groups))
         size = self.weight_inv.shape
         self.weight_inv.copy_(resized(flip(self.weight, groups), (size[2], size[3])))
+        self._due.zero_()
         if self.bias is not None:
             self.bias.zero_()
 

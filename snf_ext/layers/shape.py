@@ -122,16 +122,24 @@ class Permutation(Bijection):
         if dim == 0:
             raise ValueError("dim must not be 0, that of the batch; got 0")
         self.dim = dim
+        # On the CPU, whose values are there while layers are made on the meta device.
         if permutation is None:
-            generator = None if seed is None else torch.Generator().manual_seed(seed)
-            order = torch.randperm(size, generator=generator)
+            generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+            order = torch.randperm(size, generator=generator, device="cpu")
         else:
-            order = torch.as_tensor(permutation, dtype=torch.int64).clone()
+            order = torch.as_tensor(permutation, dtype=torch.int64, device="cpu")
         if order.dim() != 1 or order.sort().values.tolist() != list(range(size)):
             raise ValueError(
                 f"permutation must hold each of 0..{size - 1} once; got {order.tolist()}"
             )
-        self.register_buffer("permutation", order)
+        self._start: list[int] = order.tolist()
+        self.register_buffer("permutation", torch.empty(size, dtype=torch.int64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the permutation that the layer was made with."""
+        self.permutation.copy_(torch.tensor(self._start, device="cpu"))
 
     @classmethod
     def reverse(cls, size: int, dim: int = 1) -> Permutation:

@@ -68,7 +68,7 @@ def smooth_leaky_relu_inverse(z: Tensor, alpha: float) -> tuple[Tensor, Tensor, 
         step = x - (_leaky_value(x, alpha) - wide) / slope
         x = torch.where(x.isinf(), wide / slope, step)
     log_abs_det = -per_sample_sum(_leaky_slope(x, alpha).log())
-    count = torch.tensor(iterations, device=z.device)
+    count = torch.full((), iterations, dtype=torch.int64, device=z.device)
     return x.to(z.dtype), log_abs_det, count
 
 

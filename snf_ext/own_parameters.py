@@ -1,0 +1,40 @@
+"""Parameters that a forward pass sets itself, also where FSDP2 holds them in shards."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class SetsParameters(nn.Module):
+    """A module that sets parameters of its own in ``forward``, as what starts from data does.
+
+    ``fully_shard`` swaps the shard of a parameter, a DTensor, for the whole of it before a pass and
+    back after it: what the pass wrote into the whole is lost. :meth:`_written` writes it into the
+    shards, too.
+    """
+
+    _shards: ClassVar[dict[str, Any]] = {}  # each module has its own as soon as it has any
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter) and hasattr(value, "placements"):  # a DTensor
+            self.__dict__["_shards"] = {**self._shards, name: value}
+
+    @torch.no_grad()
+    def _written(self, **values: Tensor) -> None:
+        """Tell that these parameters were set to these values, the same on all ranks."""
+        if torch.compiler.is_compiling():
+            return
+        for name, value in values.items():
+            shard = self._shards.get(name)
+            if shard is None:
+                continue
+            from torch.distributed.tensor import DTensor, Replicate
+
+            mesh, everywhere = shard.device_mesh, [Replicate()] * shard.device_mesh.ndim
+            whole = DTensor.from_local(value.detach(), mesh, everywhere, run_check=False)
+            part = whole.redistribute(placements=shard.placements).to_local()
+            shard.detach().to_local().copy_(part)
