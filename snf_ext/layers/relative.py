@@ -7,35 +7,54 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .. import exact
+from .. import exact, transforms
 from ..bijection import Bijection, FlowStep, wide_dtype
 from .initial import near_identity
 
 
 class _RelativeLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        y = F.linear(x, weight)
-        ctx.save_for_backward(weight, y)
-        log_det = x.new_zeros(x.shape[:-1], dtype=wide_dtype(x.dtype))
-        return (y.clone() if bias is None else y + bias), log_det
+    generate_vmap_rule = True
+    forward_mode = (
+        "RelativeLinear has no forward-mode derivatives: the gradient of its weight is the "
+        "relative one; take grad, vjp or jacrev"
+    )
 
     @staticmethod
-    @once_differentiable
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        y = F.linear(x, weight)
+        log_det = x.new_zeros(x.shape[:-1], dtype=wide_dtype(x.dtype))
+        return (y.clone() if bias is None else y + bias), log_det, y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(inputs[1], output[2])
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_z, grad_log_det = grad_outputs
-        weight, y = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return transforms.run(_Gradient, *grad_outputs[:2], *ctx.saved_tensors, wanted)
+
+
+@transforms.once_differentiable(
+    "double backward through RelativeLinear is not supported: the gradient of its weight is the "
+    "relative one, no derivative"
+)
+class _Gradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        grad_z: Tensor, grad_log_det: Tensor, weight: Tensor, y: Tensor, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
         features = weight.shape[0]
         delta, rows = grad_z.reshape(-1, features), y.reshape(-1, features)
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
+        if wanted[0]:
             grad_x = (delta @ weight).reshape(y.shape)
-        if ctx.needs_input_grad[1]:
+        if wanted[1]:
             # (delta x' + S W^-T) W'W = delta (y W) + S W: the inverse is gone.
             grad_weight = delta.T @ (rows @ weight) + (grad_log_det.sum() * weight).to(weight)
-        if ctx.needs_input_grad[2]:
+        if wanted[2]:
             grad_bias = delta.sum(0)
         return grad_x, grad_weight, grad_bias
 
@@ -52,7 +71,7 @@ def relative_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
     tensor([[2., 0.],
             [0., 2.]])
     """
-    return _RelativeLinear.apply(x, weight, bias)
+    return transforms.run(_RelativeLinear, x, weight, bias)[:2]
 
 
 class RelativeLinear(Bijection):
@@ -122,7 +141,7 @@ class RelativeLinear(Bijection):
         return self._factorization().log_abs_det.to(self.weight)
 
     def _factorization(self) -> exact.Factorization:
-        return self._cache.get(self.weight, None, lambda: exact.factorize_linear(self.weight))
+        return exact.factorized(self._cache, self.weight)
 
     def _check(self, x: Tensor, name: str) -> None:
         if x.dim() < 1 or x.shape[-1] != self.features:
