@@ -6,11 +6,11 @@ import pytest
 import torch
 from bijections_table import BIJECTIONS
 from models_table import images
-from traced_flows import ROWS, SOME, USES, flow_of, function_of
+from traced_flows import ROWS, SOME, USES, flow_of, function_of, marked
 
 import snf_ext
 
-SLOW = [pytest.param(row, marks=() if row == "fc-self_norm" else pytest.mark.slow) for row in ROWS]
+MODELS = marked(ROWS, lambda name: name == "fc-self_norm", lambda name: name in SOME)
 
 
 def gradients(value, flow):
@@ -35,7 +35,7 @@ def check(name, use, compiler, dtype=torch.float64, sizes=(3, 5)):
 
 
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", MODELS)
 def test_one_graph_for_all_batches(name, use):
     check(name, use, "eager")
 
@@ -73,8 +73,10 @@ def test_with_dequantization(use):
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", BIJECTIONS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    marked(BIJECTIONS, lambda name: False, lambda name: not name.startswith("Exponential")),
+)
 def test_bijection(case):
     """Forward and learned inverse, in evaluation mode; training is in test_bijections.py."""
     torch.compiler.reset()

@@ -15,6 +15,16 @@ SOME = ["fc-self_norm", "conv-self_norm", "glow-self_norm"]
 USES = ("loss", "log_prob", "sample", "sample-exact")
 
 
+def marked(rows, fast, slow):
+    """Rows that run always, those that take seconds, and in nightly runs the rest."""
+    kinds = [(fast, ()), (slow, pytest.mark.slow), (lambda name: True, pytest.mark.nightly)]
+    return [
+        pytest.param(row, marks=next(m for chosen, m in kinds if chosen(name)), id=name)
+        for row in rows
+        for name in [getattr(row, "name", row)]
+    ]
+
+
 def flow_of(name: str, dtype=torch.float64, *, noisy: bool = False) -> Flow:
     """The model of a row; ``noisy``: with the dequantization, which draws noise, before it."""
     kind, _, family = name.partition("-")
