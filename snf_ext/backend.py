@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import transforms
+from . import func_transforms
 from .build_record import why_not_loaded
 from .version import __version__
 
@@ -77,7 +77,7 @@ def runs_native(device: torch.device) -> bool:
 
     Not inside a transform of ``torch.func``, which cannot see into C++.
     """
-    return _active == "native" and device.type in _native_devices and not transforms.active()
+    return _active == "native" and device.type in _native_devices and not func_transforms.active()
 
 
 class use_backend:

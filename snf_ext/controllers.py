@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import passes, transforms
+from . import func_transforms, passes
 from .bijection import wide_dtype
 
 KAPPA = 2e-3
@@ -90,7 +90,7 @@ class Controller(nn.Module):
         if self.training and self._found is not None:
             self._found += self._sums_of(recon, x)
         elif self.training and torch.is_grad_enabled() and not self._moved:
-            if transforms.active():  # which leave the layer's state alone
+            if func_transforms.active():  # which leave the layer's state alone
                 return recon * weight.to(recon.dtype)
             with torch.no_grad():
                 weight = passes.once(self, partial(self._update, recon, x))

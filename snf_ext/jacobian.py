@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from . import transforms
+from . import func_transforms
 from .bijection import wide_dtype
 from .shard import drawn_for
 
@@ -61,7 +61,7 @@ def pushed(function: EventMap, x: Tensor, directions: Tensor) -> tuple[Tensor, T
     def push(v: Tensor) -> tuple[Tensor, Tensor]:
         return jvp(function, (x,), (v,))  # type: ignore[return-value]
 
-    if transforms.active():  # vmap in vmap takes y for batched, though it is so only outside
+    if func_transforms.active():  # vmap in vmap takes y for batched, though it is so only outside
         y, tangents = vmap(push)(directions)
         return y[0], tangents
     return vmap(push, out_dims=(None, 0))(directions)  # type: ignore[arg-type]

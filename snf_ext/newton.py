@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import transforms
+from . import func_transforms
 from .jacobian import EventMap, jacobian
 
 HALVINGS = 12
@@ -40,7 +40,7 @@ def newton_inverse(
     >>> round(x.item(), 4)
     2.0
     """
-    if transforms.active():
+    if func_transforms.active():
         raise NotImplementedError(
             f"the exact inverse of {name} is found by Newton's method, which looks at values that "
             "the transforms of torch.func hide; take the learned inverse, or call it outside"

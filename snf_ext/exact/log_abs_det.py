@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import transforms
+from .. import func_transforms
 from .block_matrix import diagonal_block
 from .convolution import factorize_groups, require_plan
 from .fourier import fourier_log_abs_det
@@ -69,7 +69,7 @@ def conv2d_log_abs_det(
 
 
 def _by_elimination(kernels: Tensor, height: int, width: int) -> Tensor:
-    if transforms.active() and not torch.compiler.is_compiling():
+    if func_transforms.active() and not torch.compiler.is_compiling():
         return _ByElimination.apply(kernels, height, width)[0]
     return _exact_log_abs_det(kernels, height, width)[0]
 
@@ -93,7 +93,7 @@ def _(kernels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     return kernels.new_empty(()), kernels.new_empty(kernels.shape)
 
 
-@transforms.once_differentiable(
+@func_transforms.once_differentiable(
     "the exact log-determinant of a convolution cannot be differentiated twice; "
     "torch.linalg.slogdet(snf_ext.exact.conv2d_matrix(weight, ...)) can"
 )
@@ -111,7 +111,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-    return transforms.run(_Scaled, grad, *ctx.saved_tensors), None, None
+    return func_transforms.run(_Scaled, grad, *ctx.saved_tensors), None, None
 
 
 @_exact_log_abs_det.register_vmap

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import transforms
+from .. import func_transforms
 from ..reference.convolution import flip
 from .cache import FactorizationCache
 from .factorization import Factorization, factorize_conv2d, factorize_linear
@@ -33,7 +33,7 @@ def factorized(
     >>> round(factorized(cache, weight).log_abs_det.item(), 4)
     2.0794
     """
-    if torch.compiler.is_compiling() or transforms.active():
+    if torch.compiler.is_compiling() or func_transforms.active():
         return _Traced(weight.detach(), geometry)
     return cache.get(weight, geometry, lambda: _factorize(weight, geometry))
 
@@ -44,7 +44,7 @@ def differentiates(weight: Tensor) -> bool:
     >>> differentiates(torch.ones(2)), differentiates(torch.ones(2, requires_grad=True))
     (False, True)
     """
-    return transforms.active() or (torch.is_grad_enabled() and weight.requires_grad)
+    return func_transforms.active() or (torch.is_grad_enabled() and weight.requires_grad)
 
 
 def _factorize(weight: Tensor, geometry: tuple[int, ...]) -> Factorization:
@@ -69,7 +69,7 @@ class _Traced:
         return _log_abs_det(self._weight, self._geometry)
 
     def solve(self, rhs: Tensor) -> Tensor:
-        if transforms.active() and not torch.compiler.is_compiling():
+        if func_transforms.active() and not torch.compiler.is_compiling():
             return _Solve.apply(self._weight, rhs, self._geometry, False)
         return _solve(self._weight, rhs, self._geometry, False)
 

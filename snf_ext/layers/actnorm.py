@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import ops, passes, transforms
+from .. import func_transforms, ops, passes
 from ..bijection import Bijection, FlowStep, per_sample_zeros
 from .event import check_channels, checked_size
 
@@ -100,7 +100,7 @@ class ActNorm(Bijection):
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
         """Add one batch to the sums, and set the parameters from all of them."""
-        if transforms.active():
+        if func_transforms.active():
             raise NotImplementedError(
                 f"ActNorm must see its first batches ({self._left} are left) outside the "
                 "transforms of torch.func; run a training batch first, or initialize(), or eval()"

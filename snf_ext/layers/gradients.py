@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import transforms
+from .. import func_transforms
 
 
 def halved(x: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def halved(x: Tensor) -> Tensor:
     >>> x.grad
     tensor([0.5000, 0.5000])
     """
-    return transforms.run(_Halved, x)
+    return func_transforms.run(_Halved, x)
 
 
 def mirrored(x: Tensor, mirror: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def mirrored(x: Tensor, mirror: Tensor) -> Tensor:
     >>> x.grad, mirror.grad
     (tensor([3., 3.]), tensor([-3., -3.]))
     """
-    return transforms.run(_Mirrored, x, mirror)
+    return func_transforms.run(_Mirrored, x, mirror)
 
 
 class _Edit(torch.autograd.Function):
@@ -51,7 +51,7 @@ class _Halved(_Edit):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return transforms.run(_Scaled, grads[0], 0.5)
+        return func_transforms.run(_Scaled, grads[0], 0.5)
 
 
 class _Mirrored(_Edit):
@@ -61,10 +61,12 @@ class _Mirrored(_Edit):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return transforms.run(_Scaled, grads[0], 1.0), transforms.run(_Scaled, grads[0], -1.0)
+        return func_transforms.run(_Scaled, grads[0], 1.0), func_transforms.run(
+            _Scaled, grads[0], -1.0
+        )
 
 
-@transforms.once_differentiable(
+@func_transforms.once_differentiable(
     "double backward through a self-normalizing layer is not supported: "
     "its gradient is a learned approximation and has no derivative of its own"
 )

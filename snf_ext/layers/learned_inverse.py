@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import exact, ops, passes, shard, tracking, transforms
+from .. import exact, func_transforms, ops, passes, shard, tracking
 from ..bijection import FlowStep, wide_dtype
 from ..constraint import weighted
 from ..controllers import Controller
@@ -61,7 +61,7 @@ class LearnedInverse(Refining):
         if not self.training:
             return self.exact_forward(x)
         learns = torch.is_grad_enabled() and self.weight.requires_grad
-        transformed = transforms.active()  # which leaves the layer's state alone
+        transformed = func_transforms.active()  # which leaves the layer's state alone
         if learns and isinstance(self.upkeep, Tracked) and not transformed:
             passes.once(self, partial(self._follow, x.detach(), self.upkeep))
         step = weighted(self._step(x), self.controller, x)

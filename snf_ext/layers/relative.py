@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import exact, transforms
+from .. import exact, func_transforms
 from ..bijection import Bijection, FlowStep, wide_dtype
 from .initial import near_identity
 
@@ -34,10 +34,10 @@ class _RelativeLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad
-        return transforms.run(_Gradient, *grad_outputs[:2], *ctx.saved_tensors, wanted)
+        return func_transforms.run(_Gradient, *grad_outputs[:2], *ctx.saved_tensors, wanted)
 
 
-@transforms.once_differentiable(
+@func_transforms.once_differentiable(
     "double backward through RelativeLinear is not supported: the gradient of its weight is the "
     "relative one, no derivative"
 )
@@ -71,7 +71,7 @@ def relative_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
     tensor([[2., 0.],
             [0., 2.]])
     """
-    return transforms.run(_RelativeLinear, x, weight, bias)[:2]
+    return func_transforms.run(_RelativeLinear, x, weight, bias)[:2]
 
 
 class RelativeLinear(Bijection):

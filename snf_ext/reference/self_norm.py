@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import transforms
+from .. import func_transforms
 from ..bijection import wide_dtype
 from .autocast import widened_under_autocast, without_autocast
 from .checks import check_conv2d, check_linear, check_penalty_share
@@ -168,7 +168,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor, grad_recon: Tensor) -> Any:
-        dx, dw, dr = transforms.run(
+        dx, dw, dr = func_transforms.run(
             _LinearBackward, grad_z, grad_log_det.sum(), grad_recon, *ctx.saved_tensors, *ctx.rest
         )
         dc = grad_z.sum(0) if ctx.needs_input_grad[3] else None
@@ -188,7 +188,7 @@ def _keep(
     return e.square().sum(tuple(range(1, e.dim())))
 
 
-_once_differentiable = transforms.once_differentiable(
+_once_differentiable = func_transforms.once_differentiable(
     "double backward through a self-normalizing layer is not supported: "
     "its gradient is a learned approximation and has no derivative of its own"
 )
@@ -249,7 +249,7 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor, grad_recon: Tensor) -> Any:
-        dx, dw, dr = transforms.run(
+        dx, dw, dr = func_transforms.run(
             _Conv2dBackward, grad_z, grad_log_det.sum(), grad_recon, *ctx.saved_tensors, *ctx.rest
         )
         dc = grad_z.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
@@ -292,7 +292,7 @@ class _Conv2dBackward(torch.autograd.Function):
 
 def _applied(function: type[_Linear] | type[_Conv2d], *arguments: Any) -> tuple[Tensor, ...]:
     """z, log_det and recon."""
-    if transforms.active() and not torch.compiler.is_compiling():
+    if func_transforms.active() and not torch.compiler.is_compiling():
         function = _TRANSFORMED[function]
     return function.apply(*arguments)[:3]
 
