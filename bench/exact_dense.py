@@ -71,7 +71,10 @@ def swapped(
 
     With ``cached=False`` every use factorises anew. What layers have kept stays with them.
     """
-    places = [(exact, "factorize_conv2d", factorize), (exact, "conv2d_log_abs_det", log_abs_det)]
+    places = [
+        (exact.of_layer, "factorize_conv2d", factorize),
+        (exact, "conv2d_log_abs_det", log_abs_det),
+    ]
     if not cached:
         places.append((exact.FactorizationCache, "get", lambda _, weight, key, make: make()))
     kept = [(where, name, getattr(where, name)) for where, name, _ in places]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import func_transforms
 from .build_record import other_torch, why_not_loaded
 from .version import __version__
 
@@ -73,8 +74,11 @@ def backend() -> str:
 
 
 def runs_native(device: torch.device) -> bool:
-    """Whether operators on ``device`` go to the compiled library."""
-    return _active == "native" and device.type in _native_devices
+    """Whether operators on ``device`` go to the compiled library.
+
+    Not inside a transform of ``torch.func``, which cannot see into C++.
+    """
+    return _active == "native" and device.type in _native_devices and not func_transforms.active()
 
 
 class use_backend:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import passes
+from . import func_transforms, passes
 from .bijection import wide_dtype
 from .versions import Versioned
 
@@ -104,6 +104,8 @@ class Controller(Versioned):
         if self.training and self._found is not None:
             self._found += self._sums_of(recon, x)
         elif self.training and torch.is_grad_enabled() and not self._moved:
+            if func_transforms.active():  # which leave the layer's state alone
+                return recon * weight.to(recon.dtype)
             with torch.no_grad():
                 weight = passes.once(self, partial(self._update, recon, x))
         return recon * weight.to(recon.dtype)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from . import ops, reversible
+from . import func_transforms, ops, reversible
 from .bijection import Bijection, FlowStep, per_sample_sum, pull, push, walk, wide_dtype
 from .exact import Plan
 from .refine import checked_refine
@@ -123,7 +123,7 @@ class Flow(nn.Module):
         self._check_context(context, x.shape[0])
         if x.shape[0] == 0:
             raise ValueError(f"x must hold at least one sample; got {list(x.shape)}")
-        if not (log_det_penalty >= 0 and math.isfinite(log_det_penalty)):
+        if not 0 <= log_det_penalty < math.inf:
             raise ValueError(
                 f"log_det_penalty must be finite and not negative; got {log_det_penalty}"
             )
@@ -278,7 +278,7 @@ class Flow(nn.Module):
         return list(self.bijections)  # type: ignore[arg-type]
 
     def _push(self, x: Tensor, context: Tensor | None, exact: bool) -> FlowStep:
-        if self._reversible is None or not torch.is_grad_enabled():
+        if self._reversible is None or not torch.is_grad_enabled() or func_transforms.active():
             return push(self._steps(), x, context, exact)
         return reversible.push(self._reversible, self, self._steps(), x, context, exact)
 
@@ -306,7 +306,7 @@ class Flow(nn.Module):
 
 def _refuse_non_finite_input(x: Tensor, result: Tensor) -> None:
     """Name NaN or inf in the data as the cause. Elsewhere than on the CPU it would synchronise."""
-    if torch.compiler.is_compiling() or result.device.type != "cpu":
+    if torch.compiler.is_compiling() or func_transforms.active() or result.device.type != "cpu":
         return
     if not torch.isfinite(result.detach()).all() and not torch.isfinite(x.detach()).all():
         bad = int((~torch.isfinite(x.detach()).flatten(1).all(1)).sum())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
+from . import func_transforms
 from .bijection import wide_dtype
 from .shard import drawn_for
 
@@ -60,6 +61,9 @@ def pushed(function: EventMap, x: Tensor, directions: Tensor) -> tuple[Tensor, T
     def push(v: Tensor) -> tuple[Tensor, Tensor]:
         return jvp(function, (x,), (v,))  # type: ignore[return-value]
 
+    if func_transforms.active():  # vmap in vmap takes y for batched, though it is so only outside
+        y, tangents = vmap(push)(directions)
+        return y[0], tangents
     return vmap(push, out_dims=(None, 0))(directions)  # type: ignore[arg-type]
 
 
@@ -87,8 +91,11 @@ def jacobian(function: EventMap, x: Tensor) -> Tensor:
     """
     x, size = x.contiguous(), math.prod(x.shape[1:])  # forward mode refuses expanded tensors
     basis = torch.eye(size, dtype=x.dtype, device=x.device).view(size, 1, *x.shape[1:])
-    columns = vmap(
-        lambda v: jvp(function, (x,), (v.expand_as(x),))[1],
-        chunk_size=max(1, CHUNK // max(1, x.numel())),
-    )(basis)
+    if torch.compiler.is_compiling():  # of a batch of unknown size there are no chunks
+        columns = pushed(function, x, basis.expand(size, *x.shape).contiguous())[1]
+    else:
+        columns = vmap(
+            lambda v: jvp(function, (x,), (v.expand_as(x),))[1],
+            chunk_size=max(1, CHUNK // max(1, x.numel())),
+        )(basis)
     return columns.reshape(size, x.shape[0], size).permute(1, 2, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import func_transforms
 from .jacobian import EventMap, jacobian
 
 HALVINGS = 12
@@ -28,6 +29,7 @@ def newton_inverse(
         steps: the most that are taken.
 
     Raises:
+        NotImplementedError: inside a transform of ``torch.func``.
         ValueError: a residual ``||z - f(x)||`` does not come under the root of the precision times
             ``max(1, ||z||)``: z is not in the range of f, or f is singular on the way.
 
@@ -38,6 +40,11 @@ def newton_inverse(
     >>> round(x.item(), 4)
     2.0
     """
+    if func_transforms.active():
+        raise NotImplementedError(
+            f"the exact inverse of {name} is found by Newton's method, which looks at values that "
+            "the transforms of torch.func hide; take the learned inverse, or call it outside"
+        )
     with torch.no_grad():
         x = _solve(function, z, start, name, steps)
     rest = z - function(x)

@@ -203,7 +203,7 @@ def test_swapped_and_put_back():
     before = layer(x)
     z, inverse = before.z.detach(), layer.inverse(before.z.detach())
     originals = (
-        snf_ext.exact.factorize_conv2d,
+        snf_ext.exact.of_layer.factorize_conv2d,
         snf_ext.exact.conv2d_log_abs_det,
         snf_ext.exact.FactorizationCache.get,
     )
@@ -225,7 +225,7 @@ def test_swapped_and_put_back():
     with pytest.raises(KeyError), exact_dense.swapped(exact_dense.Nothing, log_abs_det, False):
         raise KeyError
     assert originals == (
-        snf_ext.exact.factorize_conv2d,
+        snf_ext.exact.of_layer.factorize_conv2d,
         snf_ext.exact.conv2d_log_abs_det,
         snf_ext.exact.FactorizationCache.get,
     )

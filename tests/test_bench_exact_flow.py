@@ -62,7 +62,7 @@ def test_a_wrong_flow_is_seen(flow, what, monkeypatch):
 
 def test_flow_tables(flow, monkeypatch, capsys):
     factorised = []
-    original = snf_ext.exact.factorize_conv2d
+    original = snf_ext.exact.of_layer.factorize_conv2d
 
     def counted(*args):
         factorised.append(args)
@@ -77,7 +77,7 @@ def test_flow_tables(flow, monkeypatch, capsys):
         return of_a_millisecond(variants)
 
     counts = {}
-    monkeypatch.setattr(snf_ext.exact, "factorize_conv2d", counted)
+    monkeypatch.setattr(snf_ext.exact.of_layer, "factorize_conv2d", counted)
     monkeypatch.setattr(exact_flow, "interleave", interleave)
     rows = exact_flow.tables(flow, images(10), rounds=2, min_sample=0.0, rate=1e9)
     assert len(rows) == 4 + 3 + 6

@@ -212,8 +212,8 @@ def test_cache_keeps_sizes_apart():
 
 def test_factorised_once_for_one_weight(monkeypatch):
     made = []
-    plain = exact.factorize_linear
-    monkeypatch.setattr(exact, "factorize_linear", lambda w: made.append(1) or plain(w))
+    plain = exact.of_layer.factorize_linear
+    monkeypatch.setattr(exact.of_layer, "factorize_linear", lambda w: made.append(1) or plain(w))
     layer = SelfNormLinear(5).eval()
     x = torch.randn(3, 5)
     for _ in range(3):
@@ -227,8 +227,8 @@ def test_training_factorises_nothing(monkeypatch):
     def fail(*args):
         raise AssertionError("an exact value was computed in training")
 
-    monkeypatch.setattr(exact, "factorize_linear", fail)
-    monkeypatch.setattr(exact, "factorize_conv2d", fail)
+    monkeypatch.setattr(exact.of_layer, "factorize_linear", fail)
+    monkeypatch.setattr(exact.of_layer, "factorize_conv2d", fail)
     flow = snf_ext.Flow(
         [SelfNormConv2d(1, 3), snf_ext.Flatten((1, 4, 4)), SelfNormLinear(16)], (1, 4, 4)
     )

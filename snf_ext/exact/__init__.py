@@ -11,6 +11,7 @@ from .cache import FactorizationCache
 from .factorization import Factorization, factorize_conv2d, factorize_linear
 from .log_abs_det import conv2d_log_abs_det, linear_log_abs_det
 from .matrix import conv2d_matrix
+from .of_layer import differentiates, factorized
 from .plan import Plan, plan_conv2d
 
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "Plan",
     "conv2d_log_abs_det",
     "conv2d_matrix",
+    "differentiates",
     "factorize_conv2d",
     "factorize_linear",
+    "factorized",
     "linear_log_abs_det",
     "plan_conv2d",
 ]

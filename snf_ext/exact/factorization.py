@@ -13,8 +13,10 @@ from .convolution import ConvolutionLU
 class Factorization(Protocol):
     """What a layer needs of its factorised matrix A of size ``(D, D)``."""
 
-    log_abs_det: Tensor
-    """``log |det A|`` in nats, a scalar in float64; -inf if A is singular."""
+    @property
+    def log_abs_det(self) -> Tensor:
+        """``log |det A|`` in nats, a scalar in float64; -inf if A is singular."""
+        ...
 
     def solve(self, rhs: Tensor) -> Tensor:
         """``x`` with ``A x = rhs`` for each row of ``rhs``, shapes ``(B, D)``."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import func_transforms
 from .block_matrix import diagonal_block
 from .convolution import factorize_groups, require_plan
 from .fourier import fourier_log_abs_det
@@ -63,9 +64,15 @@ def conv2d_log_abs_det(
             matrices = diagonal_block(kernels, piece.size[1], piece.size[0])
             value = torch.linalg.slogdet(matrices).logabsdet.sum()
         else:
-            value, _ = torch.ops.snf_ext.exact_log_abs_det(kernels, *piece.size)
+            value = _by_elimination(kernels, *piece.size)
         total = total + piece.copies * value
     return total.to(weight.dtype).to(weight.device)
+
+
+def _by_elimination(kernels: Tensor, height: int, width: int) -> Tensor:
+    if func_transforms.active() and not torch.compiler.is_compiling():
+        return _ByElimination.apply(kernels, height, width)[0]
+    return _exact_log_abs_det(kernels, height, width)[0]
 
 
 @torch.library.custom_op("snf_ext::exact_log_abs_det", mutates_args=())
@@ -87,19 +94,16 @@ def _(kernels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     return kernels.new_empty(()), kernels.new_empty(kernels.shape)
 
 
+@func_transforms.once_differentiable(
+    "the exact log-determinant of a convolution cannot be differentiated twice; "
+    "torch.linalg.slogdet(snf_ext.exact.conv2d_matrix(weight, ...)) can"
+)
 class _Scaled(torch.autograd.Function):
     """``g * gradient``, refusing to be differentiated: the gradient's own is not computed."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, gradient: Tensor, kernels: Tensor) -> Tensor:
+    def forward(g: Tensor, gradient: Tensor, kernels: Tensor) -> Tensor:
         return g * gradient
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> None:
-        raise NotImplementedError(
-            "the exact log-determinant of a convolution cannot be differentiated twice; "
-            "torch.linalg.slogdet(snf_ext.exact.conv2d_matrix(weight, ...)) can"
-        )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -108,7 +112,36 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-    return _Scaled.apply(grad, *ctx.saved_tensors), None, None
+    return func_transforms.run(_Scaled, grad, *ctx.saved_tensors), None, None
+
+
+@_exact_log_abs_det.register_vmap
+def _(info: Any, in_dims: Any, kernels: Tensor, height: int, width: int) -> Any:
+    each = [_exact_log_abs_det(k, height, width) for k in kernels.movedim(in_dims[0], 0)]
+    return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0)
 
 
 _exact_log_abs_det.register_autograd(_backward, setup_context=_keep)
+
+
+class _ByElimination(torch.autograd.Function):
+    """The operator for transforms of torch.func, which take no gradient of an operator."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(kernels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        return _exact_log_abs_det(kernels, height, width)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _keep(ctx, inputs, output)
+        ctx.save_for_forward(output[1], inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _backward(ctx, grads[0], grads[1])
+
+    @staticmethod
+    def jvp(ctx: Any, kernels: Tensor, *rest: Any) -> tuple[Tensor, None]:
+        return (ctx.saved_tensors[0] * kernels).sum(), None

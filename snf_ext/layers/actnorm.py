@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import ops, passes
+from .. import func_transforms, ops, passes
 from ..bijection import Bijection, FlowStep, per_sample_zeros
 from ..own_parameters import SetsParameters
 from .event import check_channels, checked_size
@@ -107,6 +107,11 @@ class ActNorm(SetsParameters, Bijection):
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
         """Add one batch to the sums, and set the parameters from all of them."""
+        if func_transforms.active():
+            raise NotImplementedError(
+                f"ActNorm must see its first batches ({self._left} are left) outside the "
+                "transforms of torch.func; run a training batch first, or initialize(), or eval()"
+            )
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"ActNorm must see its first batches ({self._left} are left) before a CUDA graph "

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .. import passes
+from .. import func_transforms, passes
 from ..bijection import Bijection, FlowStep, per_sample_zeros, wide_dtype
 from .event import check_channels, checked_size
 
@@ -75,6 +75,11 @@ class BatchNorm(Bijection):
         if x.numel() == self.channels:
             raise ValueError(
                 f"x must have more than one value a channel in training mode; got {list(x.shape)}"
+            )
+        if func_transforms.active():
+            raise NotImplementedError(
+                "BatchNorm in training mode moves its running mean and variance, which the "
+                "transforms of torch.func do not allow; call eval() on it first"
             )
         others = [d for d in range(x.dim()) if d != 1]
         var, mean = torch.var_mean(x.to(wide_dtype(x.dtype)), others, correction=0)

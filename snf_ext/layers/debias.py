@@ -58,5 +58,5 @@ def signs(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
     Drawn in float32 at least: a half precision would often draw 0, which has only one sign.
     """
-    drawn = torch.empty(shape, dtype=wide_dtype(like.dtype), device=like.device).uniform_(-1, 1)
+    drawn = 2 * torch.rand(shape, dtype=wide_dtype(like.dtype), device=like.device) - 1
     return torch.copysign(torch.ones_like(drawn), drawn).to(like.dtype)

@@ -61,12 +61,12 @@ class ExactLinear(Bijection):
 
     def log_abs_det(self) -> Tensor:
         """``log |det W|`` in nats, a scalar with its exact gradient (cached without grad)."""
-        if torch.is_grad_enabled() and self.weight.requires_grad:
+        if exact.differentiates(self.weight):
             return exact.linear_log_abs_det(self.weight)
         return self._factorization().log_abs_det.to(self.weight)
 
     def _factorization(self) -> exact.Factorization:
-        return self._cache.get(self.weight, None, lambda: exact.factorize_linear(self.weight))
+        return exact.factorized(self._cache, self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.features}, bias={self.bias is not None}"
@@ -134,16 +134,13 @@ class ExactConv2d(Bijection):
     def log_abs_det(self, spatial_shape: tuple[int, int]) -> Tensor:
         """``log |det T(w)|`` in nats, a scalar with its exact gradient (cached without grad)."""
         size = image_size(spatial_shape)
-        if torch.is_grad_enabled() and self.weight.requires_grad:
+        if exact.differentiates(self.weight):
             return exact.conv2d_log_abs_det(self.weight, size, *self.shape.geometry)
         return self._factorization(size).log_abs_det.to(self.weight)
 
     def _factorization(self, spatial_shape: tuple[int, int]) -> exact.Factorization:
-        return self._cache.get(
-            self.weight,
-            spatial_shape,
-            lambda: exact.factorize_conv2d(self.weight, spatial_shape, *self.shape.geometry),
-        )
+        geometry = (*spatial_shape, *self.shape.geometry)
+        return exact.factorized(self._cache, self.weight, geometry)
 
     def exact_plan(self, spatial_shape: tuple[int, int]) -> exact.Plan:
         """Operations and memory of exact values; see :meth:`SelfNormConv2d.exact_plan`."""

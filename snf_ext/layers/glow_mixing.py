@@ -114,7 +114,7 @@ class PlainConv1x1(_Conv1x1):
 
     def _matrix_log_abs_det(self) -> Tensor:
         wide = wide_dtype(self.weight.dtype)
-        if torch.is_grad_enabled() and self.weight.requires_grad:
+        if exact.differentiates(self.weight):
             return exact.linear_log_abs_det(self.weight.to(wide))
         return self._factorization().log_abs_det.to(wide)
 
@@ -122,7 +122,7 @@ class PlainConv1x1(_Conv1x1):
         return self._factorization().solve(columns.T).T
 
     def _factorization(self) -> exact.Factorization:
-        return self._cache.get(self.weight, None, lambda: exact.factorize_linear(self.weight))
+        return exact.factorized(self._cache, self.weight)
 
 
 class LUConv1x1(_Conv1x1):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import func_transforms
+
 
 def halved(x: Tensor) -> Tensor:
     """``x`` itself; half its gradient.
@@ -16,7 +18,7 @@ def halved(x: Tensor) -> Tensor:
     >>> x.grad
     tensor([0.5000, 0.5000])
     """
-    return _Halved.apply(x)
+    return func_transforms.run(_Halved, x)
 
 
 def mirrored(x: Tensor, mirror: Tensor) -> Tensor:
@@ -27,39 +29,48 @@ def mirrored(x: Tensor, mirror: Tensor) -> Tensor:
     >>> x.grad, mirror.grad
     (tensor([3., 3.]), tensor([-3., -3.]))
     """
-    return _Mirrored.apply(x, mirror)
+    return func_transforms.run(_Mirrored, x, mirror)
 
 
-class _Halved(torch.autograd.Function):
+class _Edit(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward_mode = (
+        "a self-normalizing layer in training mode has no forward-mode derivatives: its gradient "
+        "is a learned approximation; take grad, vjp or jacrev, or eval() first"
+    )
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+
+class _Halved(_Edit):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return _Scaled.apply(grads[0], 0.5)
+        return func_transforms.run(_Scaled, grads[0], 0.5)
 
 
-class _Mirrored(torch.autograd.Function):
+class _Mirrored(_Edit):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mirror: Tensor) -> Tensor:
+    def forward(x: Tensor, mirror: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return _Scaled.apply(grads[0], 1.0), _Scaled.apply(grads[0], -1.0)
-
-
-class _Scaled(torch.autograd.Function):
-    """A backward that refuses to be differentiated again, in words."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        return factor * x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(
-            "double backward through a self-normalizing layer is not supported: "
-            "its gradient is a learned approximation and has no derivative of its own"
+        return func_transforms.run(_Scaled, grads[0], 1.0), func_transforms.run(
+            _Scaled, grads[0], -1.0
         )
+
+
+@func_transforms.once_differentiable(
+    "double backward through a self-normalizing layer is not supported: "
+    "its gradient is a learned approximation and has no derivative of its own"
+)
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        return factor * x

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import exact, ops, passes, shard, tracking
+from .. import exact, func_transforms, ops, passes, shard, tracking
 from ..bijection import FlowStep, wide_dtype
 from ..constraint import weighted
 from ..controllers import Controller
@@ -60,19 +60,23 @@ class LearnedInverse(SetsParameters, Refining):
         """``z = W x + c``.
 
         Training: the value of ``log_det`` is 0 and its gradient the learned inverse's. A tracked
-        inverse is brought up to date first, where gradients are taken.
+        inverse is brought up to date first, where gradients are taken, but not inside transforms
+        of ``torch.func``.
         Evaluation: the value is exact (factorised once, kept until the weight changes); the
         gradient still the learned inverse's.
         """
         if not self.training:
             return self.exact_forward(x)
         learns = torch.is_grad_enabled() and self.weight.requires_grad
-        if learns and isinstance(self.upkeep, Tracked):
+        transformed = func_transforms.active()  # which leaves the layer's state alone
+        if learns and isinstance(self.upkeep, Tracked) and not transformed:
             passes.once(self, partial(self._follow, x.detach(), self.upkeep))
         step = weighted(self._step(x), self.controller, x)
         if not (learns and self.debias.terms):
             return step
-        lacking, self.growth = self._what_the_inverse_lacks(x)
+        lacking, growth = self._what_the_inverse_lacks(x)
+        if not transformed:
+            self.growth = growth
         log_det = ops.with_gradient(step.log_det, self.weight, lacking)
         return FlowStep(step.z, log_det, step.recon)
 

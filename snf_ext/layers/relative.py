@@ -8,37 +8,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import exact
+from .. import exact, func_transforms
 from ..bijection import Bijection, FlowStep, wide_dtype
 from ..reference.autocast import widened_under_autocast, without_autocast
 from .initial import near_identity
 
 
 class _RelativeLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward_mode = (
+        "RelativeLinear has no forward-mode derivatives: the gradient of its weight is the "
+        "relative one; take grad, vjp or jacrev"
+    )
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         y = F.linear(x, weight)
-        ctx.save_for_backward(weight, y)
         log_det = x.new_zeros(x.shape[:-1], dtype=wide_dtype(x.dtype))
-        return (y.clone() if bias is None else y + bias), log_det
+        return (y.clone() if bias is None else y + bias), log_det, y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(inputs[1], output[2])
+        ctx.mark_non_differentiable(output[2])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_z, grad_log_det = grad_outputs
-        return _RelativeLinearBackward.apply(
-            grad_z, grad_log_det, *ctx.saved_tensors, *ctx.needs_input_grad
-        )
+        wanted = ctx.needs_input_grad
+        return func_transforms.run(_Gradient, *grad_outputs[:2], *ctx.saved_tensors, wanted)
 
 
-class _RelativeLinearBackward(torch.autograd.Function):
+@func_transforms.once_differentiable(
+    "double backward through RelativeLinear is not supported: the gradient of its weight is the "
+    "relative one, no derivative"
+)
+class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        grad_z: Tensor,
-        grad_log_det: Tensor,
-        weight: Tensor,
-        y: Tensor,
-        *wanted: bool,
+        grad_z: Tensor, grad_log_det: Tensor, weight: Tensor, y: Tensor, wanted: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         features = weight.shape[0]
         delta, rows = grad_z.reshape(-1, features), y.reshape(-1, features)
@@ -52,13 +59,6 @@ class _RelativeLinearBackward(torch.autograd.Function):
             if wanted[2]:
                 grad_bias = delta.sum(0)
         return grad_x, grad_weight, grad_bias
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        raise NotImplementedError(
-            "double backward through RelativeLinear is not supported: the relative gradient of its "
-            "weight has no derivative of its own"
-        )
 
 
 def relative_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,8 @@ def relative_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
     """
     tensors = widened_under_autocast(x, weight, bias)
     with without_autocast(x.device):
-        return _RelativeLinear.apply(*tensors)
+        z, log_det, _ = func_transforms.run(_RelativeLinear, *tensors)
+    return z, log_det
 
 
 class RelativeLinear(Bijection):
@@ -154,7 +155,7 @@ class RelativeLinear(Bijection):
         return self._factorization().log_abs_det.to(self.weight)
 
     def _factorization(self) -> exact.Factorization:
-        return self._cache.get(self.weight, None, lambda: exact.factorize_linear(self.weight))
+        return exact.factorized(self._cache, self.weight)
 
     def _check(self, x: Tensor, name: str) -> None:
         if x.dim() < 1 or x.shape[-1] != self.features:

@@ -119,7 +119,7 @@ class SelfNormLinear(LearnedInverse):
         )
 
     def _factorization(self, x: Tensor | None = None) -> exact.Factorization:
-        return self._cache.get(self.weight, None, lambda: exact.factorize_linear(self.weight))
+        return exact.factorized(self._cache, self.weight)
 
     def inverse(
         self, z: Tensor, context: Tensor | None = None, exact: bool = False, refine: int = 0
@@ -294,11 +294,8 @@ class SelfNormConv2d(LearnedInverse):
         return ops.debias_conv2d(v, self.weight, self.weight_inv, *how)
 
     def _factorization_for(self, spatial_shape: tuple[int, int]) -> exact.Factorization:
-        return self._cache.get(
-            self.weight,
-            spatial_shape,
-            lambda: exact.factorize_conv2d(self.weight, spatial_shape, *self.shape.geometry),
-        )
+        geometry = (*spatial_shape, *self.shape.geometry)
+        return exact.factorized(self._cache, self.weight, geometry)
 
     def inverse(
         self, z: Tensor, context: Tensor | None = None, exact: bool = False, refine: int = 0

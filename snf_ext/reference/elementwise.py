@@ -6,6 +6,7 @@ Each returns the transformed tensor and, in float32 or wider, ``log |det|`` of e
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,25 +52,64 @@ def smooth_leaky_relu_inverse(z: Tensor, alpha: float) -> tuple[Tensor, Tensor, 
     check_batch(z, "z")
     check_alpha(alpha)
     wide = z.to(wide_dtype(z.dtype))
-    with torch.no_grad():
-        # f(x) >= x and f(x) >= a x, so this start lies on the right of the root.
-        x = torch.where(wide > 0, wide, wide / alpha)
-        tolerance = 4 * torch.finfo(wide.dtype).eps
-        iterations = 0
-        while iterations < NEWTON_LIMIT and x.numel():
-            step = (_leaky_value(x, alpha) - wide) / _leaky_slope(x, alpha)
-            step = torch.where(x.isinf(), 0, step)  # there already; f(x) - z is no number
-            x = x - step
-            iterations += 1
-            if not (step.abs() > tolerance * (1 + x.abs())).any():
-                break
-    if wide.requires_grad:  # one more step carries the gradient dx/dz = 1 / f'(x)
-        slope = _leaky_slope(x, alpha)
-        step = x - (_leaky_value(x, alpha) - wide) / slope
-        x = torch.where(x.isinf(), wide / slope, step)
+    root = _LeakyRoot if torch.compiler.is_compiling() else _TransformedLeakyRoot
+    x, count = root.apply(wide, alpha)
     log_abs_det = -per_sample_sum(_leaky_slope(x, alpha).log())
-    count = torch.full((), iterations, dtype=torch.int64, device=z.device)
     return x.to(z.dtype), log_abs_det, count
+
+
+@torch.library.custom_op("snf_ext::leaky_root", mutates_args=())
+def _leaky_root(z: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """x and how many steps were taken; an operator, as tracing cannot see when they end."""
+    # f(x) >= x and f(x) >= a x, so this start lies on the right of the root.
+    x = torch.where(z > 0, z, z / alpha)
+    tolerance = 4 * torch.finfo(z.dtype).eps
+    iterations = 0
+    while iterations < NEWTON_LIMIT and x.numel():
+        step = (_leaky_value(x, alpha) - z) / _leaky_slope(x, alpha)
+        step = torch.where(x.isinf(), 0, step)  # there already; f(x) - z is no number
+        x = x - step
+        iterations += 1
+        if not (step.abs() > tolerance * (1 + x.abs())).any():
+            break
+    return x, torch.full((), iterations, dtype=torch.int64, device=z.device)
+
+
+@_leaky_root.register_fake
+def _(z: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), z.new_empty((), dtype=torch.int64)
+
+
+class _LeakyRoot(torch.autograd.Function):
+    """The root, whose derivative is ``1 / f'(x)``; in terms of x, so that it has one too."""
+
+    @staticmethod
+    def forward(z: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        return _leaky_root(z, alpha)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, ...]) -> None:
+        ctx.alpha = inputs[1]
+        ctx.save_for_backward(output[0])
+        ctx.save_for_forward(output[0])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] / _leaky_slope(ctx.saved_tensors[0], ctx.alpha), None
+
+
+class _TransformedLeakyRoot(_LeakyRoot):
+    """With what the transforms of torch.func ask for, and tracing does not take."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, z: Tensor, alpha: float) -> Any:
+        x, count = _TransformedLeakyRoot.apply(z, alpha)
+        return (x, count), (in_dims[0], None)
+
+    @staticmethod
+    def jvp(ctx: Any, z: Tensor, *rest: Any) -> tuple[Tensor, None]:
+        return z / _leaky_slope(ctx.saved_tensors[0], ctx.alpha), None
 
 
 def _leaky_value(x: Tensor, alpha: float) -> Tensor:

@@ -18,11 +18,13 @@ Without a reconstruction there is no second density to share with, and W has the
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import func_transforms
 from ..bijection import wide_dtype
 from .autocast import widened_under_autocast, without_autocast
 from .checks import check_conv2d, check_linear, check_penalty_share
@@ -67,7 +69,8 @@ def snf_linear(
     check_linear(x, weight, weight_inv, bias)
     check_penalty_share(penalty_share)
     batch, wide = x.shape[:-1], wide_dtype(x.dtype)
-    z, log_det, recon = _Linear.apply(
+    z, log_det, recon = _applied(
+        _Linear,
         x.reshape(-1, x.shape[-1]).to(wide),
         weight.to(wide),
         weight_inv.to(wide),
@@ -123,7 +126,8 @@ def snf_conv2d(
     check_conv2d(x, weight, weight_inv, bias, dilation, groups)
     check_penalty_share(penalty_share)
     wide = wide_dtype(x.dtype)
-    z, log_det, recon = _Conv2d.apply(
+    z, log_det, recon = _applied(
+        _Conv2d,
         x.to(wide),
         weight.to(wide),
         weight_inv.to(wide),
@@ -138,6 +142,12 @@ def snf_conv2d(
 
 
 class _Linear(torch.autograd.Function):
+    name = "snf_linear"
+
+    @staticmethod
+    def map(x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.T
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -149,17 +159,17 @@ class _Linear(torch.autograd.Function):
         penalty_share: float,
     ) -> Any:
         with without_autocast(x.device):
-            y = x @ weight.T
+            y = _Linear.map(x, weight)
             e = y @ weight_inv.T - x if reconstruct else None
         z = y.clone() if bias is None else y + bias
         recon = _keep(ctx, x, weight, weight_inv, y, e)
-        ctx.penalty_share = penalty_share
+        ctx.rest = (penalty_share,)
         return z, x.new_zeros(x.shape[0]), recon
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor, grad_recon: Tensor) -> Any:
-        dx, dw, dr = _LinearBackward.apply(
-            grad_z, grad_log_det.sum(), grad_recon, *ctx.saved_tensors, ctx.penalty_share
+        dx, dw, dr = func_transforms.run(
+            _LinearBackward, grad_z, grad_log_det.sum(), grad_recon, *ctx.saved_tensors, *ctx.rest
         )
         dc = grad_z.sum(0) if ctx.needs_input_grad[3] else None
         return dx, dw, dr, dc, None, None
@@ -178,21 +188,16 @@ def _keep(
     return e.square().sum(tuple(range(1, e.dim())))
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """A backward that refuses to be differentiated again, in words."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(
-            "double backward through a self-normalizing layer is not supported: "
-            "its gradient is a learned approximation and has no derivative of its own"
-        )
+_once_differentiable = func_transforms.once_differentiable(
+    "double backward through a self-normalizing layer is not supported: "
+    "its gradient is a learned approximation and has no derivative of its own"
+)
 
 
-class _LinearBackward(_OnceDifferentiable):
+@_once_differentiable
+class _LinearBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         grad_z: Tensor,
         total: Tensor,
         grad_recon: Tensor,
@@ -217,6 +222,9 @@ class _LinearBackward(_OnceDifferentiable):
 
 
 class _Conv2d(torch.autograd.Function):
+    name = "snf_conv2d"
+    map = staticmethod(convolve)
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -241,17 +249,17 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor, grad_recon: Tensor) -> Any:
-        dx, dw, dr = _Conv2dBackward.apply(
-            grad_z, grad_log_det.sum(), grad_recon, *ctx.saved_tensors, *ctx.rest
+        dx, dw, dr = func_transforms.run(
+            _Conv2dBackward, grad_z, grad_log_det.sum(), grad_recon, *ctx.saved_tensors, *ctx.rest
         )
         dc = grad_z.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
         return dx, dw, dr, dc, None, None, None, None, None
 
 
-class _Conv2dBackward(_OnceDifferentiable):
+@_once_differentiable
+class _Conv2dBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         grad_z: Tensor,
         total: Tensor,
         grad_recon: Tensor,
@@ -278,5 +286,76 @@ class _Conv2dBackward(_OnceDifferentiable):
                 delta_w = delta_w + penalty_share * pulled
             dw = weight_gradient(delta_w, x, weight, *geometry) + 0.5 * term
             dr = weight_gradient(pull - 0.5 * dx, y, weight_inv, *geometry)
-            dr -= 0.5 * total * inverse_term(weight, weight_inv, x.shape[2:], *geometry)
+            dr = dr - 0.5 * total * inverse_term(weight, weight_inv, x.shape[2:], *geometry)
         return dx, dw, dr
+
+
+def _applied(function: type[_Linear] | type[_Conv2d], *arguments: Any) -> tuple[Tensor, ...]:
+    """z, log_det and recon."""
+    if func_transforms.active() and not torch.compiler.is_compiling():
+        function = _TRANSFORMED[function]
+    return function.apply(*arguments)[:3]
+
+
+def _transformed(function: type[_Linear] | type[_Conv2d]) -> Any:
+    """``function`` for the transforms of torch.func: what backward needs are inputs and outputs.
+
+    With a forward mode in x, where ``log_det`` and ``recon`` are constant; tracing takes none.
+    """
+
+    class Transformed(function):  # type: ignore[valid-type, misc]
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            kept: list[Tensor] = []
+            ctx = SimpleNamespace(
+                save_for_backward=lambda *tensors: kept.extend(tensors[3:]),
+                mark_non_differentiable=lambda *tensors: None,
+            )
+            return *function.forward(ctx, *inputs), *kept
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+            *tensors, reconstruct, penalty_share = inputs
+            ctx.rest, ctx.reconstruct = (*tensors[4:], penalty_share), reconstruct
+            ctx.save_for_backward(*inputs[:3], *output[3:])
+            ctx.save_for_forward(inputs[1])
+            fixed = output[3:] if reconstruct else output[2:3]
+            ctx.mark_non_differentiable(*fixed)
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(
+            ctx: Any,
+            grad_z: Tensor | None,
+            grad_log_det: Tensor | None,
+            grad_recon: Tensor | None,
+            *rest: None,
+        ) -> Any:
+            x = ctx.saved_tensors[0]
+            zeros = x.new_zeros(x.shape[0])
+            return function.backward(
+                ctx,
+                torch.zeros_like(x) if grad_z is None else grad_z,
+                zeros if grad_log_det is None else grad_log_det,
+                zeros if grad_recon is None else grad_recon,
+            )
+
+        @staticmethod
+        def jvp(ctx: Any, x: Tensor | None, *tensors_and_rest: Any) -> Any:
+            if any(isinstance(t, Tensor) for t in tensors_and_rest):
+                raise NotImplementedError(
+                    f"forward-mode derivatives of {function.name} are those in x alone: in the "
+                    "weights its gradient is a learned approximation; take grad, vjp or jacrev"
+                )
+            assert x is not None
+            (weight,) = ctx.saved_tensors
+            zeros = x.new_zeros(x.shape[0])
+            recon = zeros if ctx.reconstruct else None
+            return function.map(x, weight, *ctx.rest[:-1]), zeros, recon, None, None
+
+    return Transformed
+
+
+_TRANSFORMED = {function: _transformed(function) for function in (_Linear, _Conv2d)}
