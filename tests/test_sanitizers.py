@@ -71,7 +71,7 @@ FAULTS = {
         *("address", "cpu/conv2d_pixels.inl"),
         "if (t + run > plane.length) t = plane.length - run;",
         "",
-        "heap-buffer-overflow",
+        "AddressSanitizer",
     ),
     "scratch memory that threads share": (
         *("thread", "cpu/plane.cpp"),
@@ -84,7 +84,8 @@ FAULTS = {
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_found(fault, tmp_path):
+def test_faults_are_found(fault, tmp_path, monkeypatch):
+    monkeypatch.setenv("TSAN_OPTIONS", "halt_on_error=1")  # of thousands
     variant, file, there, instead, said = FAULTS[fault]
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
