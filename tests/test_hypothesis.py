@@ -233,7 +233,8 @@ def test_debias(op):
         size = share / len(v) * of.outer(v.abs(), u, w)
         # How much rounding is amplified: what is divided by may be little else.
         lost = FUZZ * eps * (power.norm() / denominator).item()
-        if not lost < 1e-2:
+        overflows = power.norm().square() > torch.finfo(call.dtype).max / 8
+        if overflows or not lost < 1e-2:
             return
         assert abs(growth - exact_growth) <= lost * (1 + exact_growth), "growth"
         if abs(exact_growth - 1) <= lost * (1 + exact_growth):
