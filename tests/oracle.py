@@ -39,8 +39,8 @@ class Mode:
         if t is None:
             return None
         t = t.double()
-        # Not abs(), whose derivative at 0 is 0.
-        return t if self.kind == EXACT else torch.where(t < 0, -t, t)
+        # Not abs(), whose derivative at 0 is 0; and -0 becomes 0.
+        return t if self.kind == EXACT else torch.where(t < 0, -t, t) + 0.0
 
     def minus(self, a: Tensor, b: Tensor) -> Tensor:
         return a - b if self.kind == EXACT else a + b
@@ -196,6 +196,9 @@ def layer(of, x, w, r, c, dz, g, q, reconstruct=True, share=1.0):
     delta = dz / 2
     if share:
         delta = delta + share * mode.stage(of.transposed(r, pull))
+        if mode.kind != EXACT:  # the factor q may come after the sum
+            early = mode.stage(of.transposed(r, e))
+            delta = delta + 0 * early if mode.kind == REACH else delta
     dw = of.outer(mode.stage(delta), x, w) + mode.stage(total / 2 * of.turned(r, w))
     delta = mode.minus(pull, dx / 2)
     dr = of.outer(mode.stage(delta), back, r)

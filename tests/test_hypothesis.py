@@ -163,7 +163,7 @@ def test_image_network(call):
     plain = oracle.Mode(oracle.EXACT, call.dtype, wild=False)
     _, at_first, at_second = oracle.network(plain, *(t.detach() for t in call.tensors))
     near = [
-        ((a.abs() <= tolerance(s, call.dtype, torch.float32)) & (s > 1e-30)).any()
+        ((a.abs() <= tolerance(s, call.dtype, torch.float32)) & (a != 0)).any()
         for a, s in ((at_first, first.detach()), (at_second, second.detach()))
     ]
     big = mode.peak >= torch.finfo(torch.float32).max / 8 or any(
@@ -215,6 +215,7 @@ def test_debias(op):
     def check(call):
         (gradient, growth), _ = native(call)
         (exact, exact_growth), _ = reference(call, torch.float64)
+        assert growth < 1 or not gradient.any()
         v, w, r = (t.detach().double() for t in call.tensors)
         rest, eps = dict(call.rest), precision(call.dtype)
         scales, share = rest.pop("scales"), rest.pop("share")
@@ -223,28 +224,21 @@ def test_debias(op):
             of = oracle.Linear(mode)
         else:
             of = oracle.Conv2d(mode, tuple(v.shape[2:]), **rest)
-        power, norms, u = v.abs(), [], 0
+        power, series, u = v.abs(), v, 0
         for scale in scales:
-            norms.append(power.norm())
+            denominator = series.norm()
             power = power + of.apply(w.abs(), of.apply(r.abs(), power))
+            series = series - of.apply(w, of.apply(r, series))
             u = u + scale * of.apply(r.abs(), power)
         size = share / len(v) * of.outer(v.abs(), u, w)
-        ratio = (power.norm() / norms[-1]).item()
-        undecided = not abs(exact_growth - 1) > FUZZ * eps * max(ratio, 1)
-        if exact_growth.isfinite() and ratio < 1e8:
-            # Its denominator may be nothing but rounding.
-            last = run(
-                Call(op, call.tensors, {**call.rest, "scales": scales[:-1] or [1.0]}),
-                getattr(snf_ext.reference, op),
-                torch.float64,
-            )[0][1]
-            if last > 1e-3 or len(scales) == 1:
-                assert abs(growth - exact_growth) <= FUZZ * eps * ratio**2, "growth"
-            else:
-                undecided = True
-        if undecided or not ratio < 1e8:
-            # Zeros, or an estimate that is as good as any.
+        # How much rounding is amplified: what is divided by may be little else.
+        lost = FUZZ * eps * (power.norm() / denominator).item()
+        overflows = power.norm().square() > torch.finfo(call.dtype).max / 8
+        if overflows or not lost < 1e-2:
             return
+        assert abs(growth - exact_growth) <= lost * (1 + exact_growth), "growth"
+        if abs(exact_growth - 1) <= lost * (1 + exact_growth):
+            return  # zeros, or an estimate: either is right
         agree(
             "gradient", gradient, exact, FACTOR_OF_SERIES * eps * size + 1e-30, size < 1e30, Rule()
         )
@@ -295,7 +289,9 @@ def sizes_of_elementwise(call):
         lost = (a + inner * x.abs()) / s.abs() + (a + inner * (1 + x.abs())) / rest.abs()
         logs = s.log().abs() + rest.log().abs()
         slopes = inner / s.abs() + inner / rest.abs()
-        return [logs + lost, per_sample(logs + lost + 1), (dy + g) * slopes * (1 + lost)]
+        over = torch.where(slopes < 1e37, 0, torch.inf) if call.dtype != torch.float64 else 0
+        dx = (dy + g) * slopes * (1 + lost) + 0 * over
+        return [logs + lost, per_sample(logs + lost + 1), dx]
     if call.op == "actnorm":
         rest = (1,) * (x.dim() - 2)
         c, s = (t.view(-1, *rest) for t in tensors[1:])
@@ -420,7 +416,9 @@ def test_rq_spline(call):
     reached_by_numbers = functools.reduce(
         torch.logical_and,
         (t.isfinite().all(-1, keepdim=True) for t in call.tensors[1:]),
-        torch.tensor(all(bool(g.isfinite().all()) for g in call.grads if g is not None)),
+        torch.tensor(
+            not large(call) and all(g.isfinite().all() for g in call.grads if g is not None)
+        ),
     )
     for i, name in enumerate(("dx", "dwidths", "dheights", "dderivatives")):
         got, e, same = grads[i], exact_grads[i], plain_grads[i]
