@@ -25,16 +25,15 @@ class SetsParameters(nn.Module):
 
     @torch.no_grad()
     def _written(self, **values: Tensor) -> None:
-        """Tell that these parameters were set to these values, the same on all ranks."""
+        """Tell that all ranks have set these parameters, this one to these values."""
         if torch.compiler.is_compiling():
             return
         for name, value in values.items():
             shard = self._shards.get(name)
             if shard is None:
                 continue
-            from torch.distributed.tensor import DTensor, Replicate
+            from torch.distributed.tensor import distribute_tensor
 
-            mesh, everywhere = shard.device_mesh, [Replicate()] * shard.device_mesh.ndim
-            whole = DTensor.from_local(value.detach(), mesh, everywhere, run_check=False)
-            part = whole.redistribute(placements=shard.placements).to_local()
-            shard.detach().to_local().copy_(part)
+            # The first rank's: what ranks set from samples of their own is not the same.
+            there = distribute_tensor(value.detach(), shard.device_mesh, shard.placements)
+            shard.detach().to_local().copy_(there.to_local())
