@@ -10,7 +10,6 @@ from cli_runs import environment
 from doc_pages import DOCS
 
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
-pytestmark = pytest.mark.slow
 
 
 def said(notebook) -> list[str]:
@@ -37,6 +36,7 @@ def agree(words: str, before: float, now: float) -> bool:
     return before == now or before / 3 <= now <= 3 * before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
