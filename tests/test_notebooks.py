@@ -50,7 +50,11 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     before = said(kept)
     assert len(before) > 4
     new = nbclient.NotebookClient(
-        kept, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        kept,
+        timeout=None,
+        startup_timeout=3600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
     ).execute()
     after = said(new)
     assert len(before) == len(after)
