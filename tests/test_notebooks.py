@@ -10,7 +10,6 @@ from cli_runs import environment
 from doc_pages import DOCS
 
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
-pytestmark = pytest.mark.slow
 
 
 def said(notebook) -> list[str]:
@@ -37,6 +36,7 @@ def agree(words: str, before: float, now: float) -> bool:
     return before == now or before / 3 <= now <= 3 * before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
@@ -50,7 +50,11 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     before = said(kept)
     assert len(before) > 4
     new = nbclient.NotebookClient(
-        kept, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        kept,
+        timeout=None,
+        startup_timeout=3600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
     ).execute()
     after = said(new)
     assert len(before) == len(after)
