@@ -171,13 +171,7 @@ def seeds() -> dict[str, bytes]:
         "imagenet32-data": [npy(np.zeros((1, 3072), np.uint8))],
         "imagenet32-labels": [npy(np.array([7])), npy(np.array([1001], np.uint16))],
         "images": [whole, misplaced, npz({name: npy(array) for name, array in arrays().items()})],
-        "images-x": [
-            npy(arrays()["train_x"]),
-            huge,
-            overflowing,
-            unended,
-            npy(np.array([None, 1])),
-        ],
+        "images-x": [npy(arrays()["train_x"]), huge, overflowing, unended, objects],
         "images-y": [npy(arrays()["train_y"]), npy(np.array(["a", "b"])), npy(np.array(1.5))],
     }
     places = {name: place for place, name in enumerate(TARGETS)}
