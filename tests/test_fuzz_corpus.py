@@ -27,7 +27,7 @@ def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-@pytest.mark.parametrize("name", FUZZERS)
+@pytest.mark.parametrize("name", ["data", pytest.param("checkpoint", marks=pytest.mark.slow)])
 def test_every_input_is_read_or_refused_in_words(name):
     """In little memory, whatever a header announces."""
     fuzzer, inputs = FUZZERS[name], corpus(name)
