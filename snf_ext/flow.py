@@ -291,17 +291,23 @@ class Flow(nn.Module):
 
     def _check_context(self, context: Tensor | None, batch: int) -> None:
         features = self.context_features
-        got = "none" if context is None else str(list(context.shape))
         if features and (context is None or list(context.shape) != [batch, features]):
-            raise ValueError(f"context must have shape [B, K] = [{batch}, {features}]; got {got}")
+            raise ValueError(
+                f"context must have shape [B, K] = [{batch}, {features}]; got {_got(context)}"
+            )
         if not features and context is not None:
             raise ValueError(
-                f"context must not be given to a flow whose context_features are 0; got {got}"
+                f"context must not be given to a flow whose context_features are 0; "
+                f"got {_got(context)}"
             )
 
     def extra_repr(self) -> str:
         text = f"event_shape={self.event_shape}, recon_weight={self.recon_weight}"
         return text + f", context_features={self.context_features}" * bool(self.context_features)
+
+
+def _got(context: Tensor | None) -> str:
+    return "none" if context is None else str(list(context.shape))
 
 
 def _refuse_non_finite_input(x: Tensor, result: Tensor) -> None:

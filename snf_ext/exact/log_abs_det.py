@@ -50,6 +50,7 @@ def conv2d_log_abs_det(
     (256.0, [-63.0, 128.0, 0.0])
     """
     wide = (weight.cpu() if weight.device.type == "mps" else weight).to(precision)
+    spatial_shape = (int(spatial_shape[0]), int(spatial_shape[1]))  # traced, no symbols
     if not torch.compiler.is_compiling():  # which cannot ask how much memory there is
         plan = plan_conv2d(tuple(weight.shape), spatial_shape, dilation, groups, circular)
         require_plan(plan, weight, spatial_shape)

@@ -38,9 +38,16 @@ def check_channels(x: Tensor, name: str, channels: int) -> None:
 
 def check_context(context: Tensor | None, batch: int, features: int, name: str = "context") -> None:
     """Raise ValueError unless ``context`` is ``(B, features)``, or None where ``features`` is 0."""
-    got = "none" if context is None else str(list(context.shape))
     if not features:
         if context is not None:
-            raise ValueError(f"{name} must not be given where context_features are 0; got {got}")
+            raise ValueError(
+                f"{name} must not be given where context_features are 0; got {_got(context)}"
+            )
     elif context is None or list(context.shape) != [batch, features]:
-        raise ValueError(f"{name} must have shape [B, K] = [{batch}, {features}]; got {got}")
+        raise ValueError(
+            f"{name} must have shape [B, K] = [{batch}, {features}]; got {_got(context)}"
+        )
+
+
+def _got(context: Tensor | None) -> str:
+    return "none" if context is None else str(list(context.shape))
