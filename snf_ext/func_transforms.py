@@ -12,7 +12,6 @@ from torch.autograd import Function
 _F = TypeVar("_F", bound=Function)
 
 
-@torch.compiler.assume_constant_result
 def active() -> bool:
     """Whether a transform of ``torch.func`` surrounds this code; traced, as when it was traced.
 
@@ -20,6 +19,10 @@ def active() -> bool:
     (False, [1.0, 1.0])
     """
     return torch._C._are_functorch_transforms_active()
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler.
+active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def once_differentiable(words: str) -> Callable[[type[_F]], type[_F]]:

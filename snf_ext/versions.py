@@ -14,7 +14,8 @@ class Versioned(nn.Module):
     The version is torch's own: each module's ``_version``, in the ``_metadata`` that ``state_dict``
     carries. A subclass whose keys change raises it, and overrides :meth:`_migrate`. A state of a
     newer version is refused, with both versions; one that came without metadata (as a plain dict,
-    or from safetensors) is taken for any version up to the module's. Where an
+    or from safetensors), or of another class, which the metadata name too, is taken for any version
+    up to the module's. Where an
     older one lacks keys all the same, a warning has both versions.
 
     >>> import torch
@@ -34,6 +35,12 @@ class Versioned(nn.Module):
     def _migrate(self, state: dict[str, Any], prefix: str, version: int | None) -> None:
         """Make the keys of ``state`` that begin with ``prefix`` those of this version, in place."""
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:  # None where a plain dict is filled
+            metadata[prefix[:-1]]["class"] = type(self).__name__
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -44,7 +51,8 @@ class Versioned(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        version = local_metadata.get("version")
+        own = local_metadata.get("class", type(self).__name__) == type(self).__name__
+        version = local_metadata.get("version") if own else None
         where = f"{prefix[:-1] or 'the module'} ({type(self).__name__})"
         if version is not None and version > self._version:
             error_msgs.append(

@@ -124,12 +124,12 @@ def test_data_that_do_not_fit_the_checkpoint(trained, capsys, monkeypatch):
 def test_a_disk_that_fills_up_is_told_in_one_line(capsys, monkeypatch):
     save, count = torch.save, []
 
-    def full(content, path):
+    def full(content, file):
         count.append(1)
         if len(count) == 4:
-            path.write_bytes(b"half")
+            file.write(b"half")
             raise OSError(28, "No space left on device")
-        save(content, path)
+        save(content, file)
 
     monkeypatch.setattr(torch, "save", full)
     run(*QUICK, "--epochs", "9", "--run-dir", "a", status=2)

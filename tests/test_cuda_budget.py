@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -148,3 +149,9 @@ def test_committed_budget():
     for row in kernels.values():
         assert list(row) == ["sm_75", "sm_80", "sm_90", "sm_100"]
     assert cuda_budget.regressions(kernels, kernels) == []
+
+
+@pytest.mark.nightly
+def test_cuda_build():
+    """The whole of it: `.ci/run` leaves it out where no source has changed since it last passed."""
+    subprocess.run([ROOT / ".ci" / "cuda_build"], check=True)

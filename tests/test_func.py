@@ -260,10 +260,11 @@ def test_second_derivatives_of_a_bijection(case):
     close(got, (ahead - behind) / 2e-6, rtol=1e-4, atol=1e-5)
 
 
-def test_batch_norm_refuses_in_training():
-    layer = snf_ext.BatchNorm(3)
-    with pytest.raises(NotImplementedError, match=r"BatchNorm in training .* call eval\(\)"):
-        grad(lambda x: layer(x).z.sum())(torch.randn(4, 3))
+@names([c for c in BIJECTIONS if c.batch_dependent])
+def test_what_depends_on_the_batch_refuses_in_training(case):
+    layer = case.build().train()
+    with pytest.raises(NotImplementedError, match=r"in training .* call eval\(\)"):
+        grad(lambda x: layer(x).z.sum())(case.data(4))
 
 
 def test_actnorm_refuses_to_start():

@@ -58,12 +58,23 @@ class Pool {
           return found;
         }
     }
-    return allocate(size);
+    try {
+      return allocate(size);
+    } catch (const std::bad_alloc&) {  // what is kept may be what is missing
+      clear();
+      return allocate(size);
+    }
   }
 
+  // Throws nothing: it runs where tensors are destroyed.
   void give(Block block) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_front(block);
+    try {
+      free_.push_front(block);
+    } catch (const std::bad_alloc&) {
+      release(block);
+      return;
+    }
     kept_ += block.size;
     while (kept_ > kMostKept) {
       kept_ -= free_.back().size;
@@ -73,6 +84,13 @@ class Pool {
   }
 
  private:
+  void clear() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const Block& block : free_) release(block);
+    free_.clear();
+    kept_ = 0;
+  }
+
   std::mutex mutex_;
   std::list<Block> free_;  // the latest given first
   std::size_t kept_ = 0;
