@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from bijections_table import BIJECTIONS
-from models_table import images
-from traced_flows import ROWS, SOME, USES, flow_of, function_of, marked
+from models_table import VARIANTS, images
+from traced_flows import SOME, USES, ZUKO, flow_of, function_of, marked
 
 import snf_ext
 
 # Of batches. Those of no other dimension: compiled code takes equal sizes for one.
 SIZES = (11, 13)
-MODELS = marked(ROWS, lambda name: name == "fc-self_norm", lambda name: name in SOME)
+MODELS = marked(VARIANTS, lambda name: name == "fc-self_norm", lambda name: name in SOME)
 
 
 def gradients(value, flow):
@@ -21,13 +21,13 @@ def gradients(value, flow):
     )
 
 
-def check(name, use, compiler, dtype=torch.float64, sizes=SIZES):
+def check(name, use, compiler, dtype=torch.float64, sizes=SIZES, whole=True):
     torch.compiler.reset()
     flow = flow_of(name, dtype)
     function, draw = function_of(flow, use)
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
+    compiled = torch.compile(function, fullgraph=whole, dynamic=True, backend=compiler)
     for i, size in enumerate(sizes):
-        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+        with torch.compiler.set_stance("fail_on_recompile" if i and whole else "default"):
             got = compiled(draw(size))
         want = function(draw(size))
         torch.testing.assert_close(got, want)
@@ -44,7 +44,7 @@ def test_one_graph_for_all_batches(name, use):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_one_differentiated_graph_for_all_batches(name, use):
     check(name, use, "aot_eager", torch.float32)
 
@@ -54,6 +54,13 @@ def test_one_differentiated_graph_for_all_batches(name, use):
 @pytest.mark.parametrize("name", SOME)
 def test_code_is_generated(name, use):
     check(name, use, "inductor", torch.float32)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("family", ZUKO)
+def test_zukos_families_compile_in_pieces(family, use):
+    check(f"autoregressive-{family}", use, "eager", whole=False)
 
 
 @pytest.mark.slow

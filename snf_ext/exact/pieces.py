@@ -94,6 +94,6 @@ def pieces(
 def _classes(taps: int, extent: int, dilation: int) -> list[Tensor]:
     """Positions along one axis, in classes of equal length: one or two of ``(classes, length)``."""
     step = extent if taps == 1 else min(dilation, extent)
-    length, longer = divmod(extent, step)
+    length, longer = extent // step, extent % step  # divmod does not trace
     classes = torch.arange(step)[:, None] + step * torch.arange(length + 1)
     return [c for c in (classes[:longer], classes[longer:, :length]) if len(c)]

@@ -30,6 +30,6 @@ def widened_under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A block in which torch's own operators keep their inputs' precision."""
-    if device.type in _AVAILABLE:
+    if device.type in _AVAILABLE and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
