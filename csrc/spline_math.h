@@ -7,7 +7,8 @@
 //   dy/dx = M (s / D)^2,  M = d1 t^2 + 2 s b + d0 (1 - t)^2
 //
 // All three are sums of positive terms. So is the discriminant of the inverse, as written below:
-// nothing here cancels, and nothing has to be clamped against a negative root.
+// nothing here cancels, and nothing has to be clamped against a negative root. Where d1 is steep,
+// 1 - t is tiny and decides the slope: it is computed by itself.
 #pragma once
 
 #include "elementary.h"
@@ -64,43 +65,55 @@ SNF_INLINE T unit_interval(T t) {
   return t > 1 ? T(1) : t;
 }
 
-// Where x stands in its bin, from 0 to 1.
+// Where an element stands in its bin: t from 0 to 1, and u = 1 - t.
 template <typename T>
-SNF_INLINE T place_of_x(const Bin<T>& bin, T x) {
-  return unit_interval((x - bin.x0) / (bin.x1 - bin.x0));
+struct Place {
+  T t, u;
+};
+
+template <typename T>
+SNF_INLINE Place<T> place_of_x(const Bin<T>& bin, T x) {
+  const T w = bin.x1 - bin.x0;
+  return {unit_interval((x - bin.x0) / w), unit_interval((bin.x1 - x) / w)};
 }
 
-// The same for the x whose value is y: with v = (y - y0) / h, the root of
-// (s - q) t^2 + q t - s v = 0, q = d0 (1 - v) - d1 v + 2 s v.
+// The root from 0 to 1 of (s - q) t^2 + q t - s v = 0 whose discriminant's root is given. Each form
+// is free of cancellation for its sign of q.
 template <typename T>
-SNF_INLINE T place_of_y(const Bin<T>& bin, T y) {
-  const T h = bin.y1 - bin.y0, s = h / (bin.x1 - bin.x0);
-  const T v = unit_interval((y - bin.y0) / h);
-  const T m = bin.d0 * (1 - v) - bin.d1 * v, q = m + 2 * s * v;
-  const T root = elementary::sqrt(m * m + 4 * s * s * (v * (1 - v)));
-  // Each form is free of cancellation for its sign of q.
+SNF_INLINE T root_of(T q, T s, T v, T root) {
   const bool positive = q >= 0;
   const T above = positive ? 2 * s * v : root - q;
   const T below = positive ? q + root : 2 * (s - q);
   return unit_interval(above / below);
 }
 
+// Of the x whose value is y: with v = (y - y0) / h, t is the root with q = d0 (1 - v) - d1 v +
+// 2 s v; seen from the other end, where d0 and d1, v and 1 - v change places, u is.
 template <typename T>
-SNF_INLINE T x_at(const Bin<T>& bin, T t) {
-  return bin.x0 + (bin.x1 - bin.x0) * t;
+SNF_INLINE Place<T> place_of_y(const Bin<T>& bin, T y) {
+  const T h = bin.y1 - bin.y0, s = h / (bin.x1 - bin.x0);
+  const T v = unit_interval((y - bin.y0) / h), rest = unit_interval((bin.y1 - y) / h);
+  const T m = bin.d0 * rest - bin.d1 * v;
+  const T root = elementary::sqrt(m * m + 4 * s * s * (v * rest));
+  return {root_of(m + 2 * s * v, s, v, root), root_of(2 * s * rest - m, s, rest, root)};
 }
 
 template <typename T>
-SNF_INLINE T y_at(const Bin<T>& bin, T t) {
-  const T h = bin.y1 - bin.y0, s = h / (bin.x1 - bin.x0), b = t * (1 - t);
+SNF_INLINE T x_at(const Bin<T>& bin, Place<T> at) {
+  return bin.x0 + (bin.x1 - bin.x0) * at.t;
+}
+
+template <typename T>
+SNF_INLINE T y_at(const Bin<T>& bin, Place<T> at) {
+  const T h = bin.y1 - bin.y0, s = h / (bin.x1 - bin.x0), t = at.t, b = t * at.u;
   const T above = s * t * t + bin.d0 * b, below = s * (1 - 2 * b) + (bin.d0 + bin.d1) * b;
   return bin.y0 + h * (above / below);
 }
 
 // dy/dx
 template <typename T>
-SNF_INLINE T slope_at(const Bin<T>& bin, T t) {
-  const T s = (bin.y1 - bin.y0) / (bin.x1 - bin.x0), b = t * (1 - t), u = 1 - t;
+SNF_INLINE T slope_at(const Bin<T>& bin, Place<T> at) {
+  const T s = (bin.y1 - bin.y0) / (bin.x1 - bin.x0), t = at.t, u = at.u, b = t * u;
   const T below = s * (1 - 2 * b) + (bin.d0 + bin.d1) * b;
   const T m = bin.d1 * t * t + 2 * s * b + bin.d0 * u * u;
   const T ratio = s / below;
@@ -116,9 +129,10 @@ struct Gradients {
 // From the gradients of the output and of its logarithm of the slope. The inverse, x(y), is
 // differentiated through y(x(y)) = y: dx/d* = -(dy/d*) / slope.
 template <bool inverse, typename T>
-SNF_INLINE Gradients<T> element_backward(const Bin<T>& bin, T t, T grad_out, T grad_log) {
+SNF_INLINE Gradients<T> element_backward(
+    const Bin<T>& bin, Place<T> at, T grad_out, T grad_log) {
   const T over_w = 1 / (bin.x1 - bin.x0), h = bin.y1 - bin.y0, s = h * over_w;
-  const T u = 1 - t, b = t * u, rest = 1 - 2 * b, both = bin.d0 + bin.d1;
+  const T t = at.t, u = at.u, b = t * u, rest = 1 - 2 * b, both = bin.d0 + bin.d1;
   const T below = s * rest + both * b, over_below = 1 / below;
   const T m = bin.d1 * t * t + 2 * s * b + bin.d0 * u * u, over_m = 1 / m;
   const T portion = (s * t * t + bin.d0 * b) * over_below;  // of h that y is above y0

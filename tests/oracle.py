@@ -49,10 +49,27 @@ class Mode:
         """What is computed on the way."""
         if self.kind == EXACT:
             return t
+        t = _Stage.apply(t, self)
+        return t if self.kind == SIZE else torch.where(t < self.limit, t, torch.inf)
+
+    def underflow(self, t: Tensor) -> Tensor:
         t = t + torch.finfo(self.dtype).tiny
         if t.numel():
             self.peak = max(self.peak, t.max().item())
-        return t if self.kind == SIZE else torch.where(t < self.limit, t, torch.inf)
+        return t
+
+
+class _Stage(torch.autograd.Function):
+    """Where an operator stores what it computed, and its backward pass the gradient of it."""
+
+    @staticmethod
+    def forward(ctx, t, mode):
+        ctx.mode = mode
+        return mode.underflow(t)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.mode.underflow(gradient), None
 
 
 class Linear:

@@ -182,10 +182,10 @@ void forward_row(const SplineJob<T>& job, const Tile<T>& tile, int64_t row, int 
     find_bins(tile, lane, inverse, p, bins);
     for (int i = 0; i < kBlock; ++i) {
       const spline::Bin<T> bin = bins[i];
-      const T t = inverse ? spline::place_of_y(bin, p[i]) : spline::place_of_x(bin, p[i]);
-      const T value = inverse ? spline::x_at(bin, t) : spline::y_at(bin, t);
+      const auto at = inverse ? spline::place_of_y(bin, p[i]) : spline::place_of_x(bin, p[i]);
+      const T value = inverse ? spline::x_at(bin, at) : spline::y_at(bin, at);
       const bool inside = (v[i] >= -bound) & (v[i] <= bound);
-      slopes[i] = inside & (lane + i < lanes) ? spline::slope_at(bin, t) : T(1);
+      slopes[i] = inside & (lane + i < lanes) ? spline::slope_at(bin, at) : T(1);
       v[i] = inside ? value : v[i];
     }
     // By itself and without conditions, or the loop is not made vector code; log 1 is 0 exactly.
@@ -243,9 +243,9 @@ void backward_row(const SplineJob<T>& job, const Tile<T>& tile, int64_t row, int
     find_bins(tile, lane, inverse, p, bins);
     for (int i = 0; i < kBlock; ++i) {
       const spline::Bin<T> bin = bins[i];
-      const T t = inverse ? spline::place_of_y(bin, p[i]) : spline::place_of_x(bin, p[i]);
+      const auto place = inverse ? spline::place_of_y(bin, p[i]) : spline::place_of_x(bin, p[i]);
       const bool inside = (v[i] >= -bound) & (v[i] <= bound) & (lane + i < lanes);
-      const auto out = spline::element_backward<inverse>(bin, t, g[i], g_log[i]);
+      const auto out = spline::element_backward<inverse>(bin, place, g[i], g_log[i]);
       g[i] = inside ? out.in : g[i];
       grads.x0[i] = inside ? out.bin.x0 : T(0);
       grads.x1[i] = inside ? out.bin.x1 : T(0);

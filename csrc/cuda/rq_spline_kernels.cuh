@@ -162,7 +162,7 @@ __device__ bool is_inside(W x, W tail_bound) {
 }
 
 template <bool inverse, typename W>
-__device__ W place_in_bin(const spline::Bin<W>& bin, W p) {
+__device__ spline::Place<W> place_in_bin(const spline::Bin<W>& bin, W p) {
   return inverse ? spline::place_of_y(bin, p) : spline::place_of_x(bin, p);
 }
 
@@ -183,9 +183,9 @@ __global__ void __launch_bounds__(kSplineThreads, 2) spline_forward_step(
       continue;
     }
     const auto bin = knots.template find<inverse>(offset + e, e, v).bin;
-    const W t = place_in_bin<inverse>(bin, v);
-    store(y + offset + e, inverse ? spline::x_at(bin, t) : spline::y_at(bin, t));
-    const W log_slope = elementary::log(spline::slope_at(bin, t));
+    const auto at = place_in_bin<inverse>(bin, v);
+    store(y + offset + e, inverse ? spline::x_at(bin, at) : spline::y_at(bin, at));
+    const W log_slope = elementary::log(spline::slope_at(bin, at));
     sum += inverse ? -log_slope : log_slope;
   }
   sum = block_sum(sum, reinterpret_cast<W*>(shared_memory()));

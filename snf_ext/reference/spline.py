@@ -82,8 +82,12 @@ def rq_spline(
     )
     w, h = x1 - x0, y1 - y0
     s = h / w
-    t = _inverse_place((p - y0) / h, s, d0, d1) if inverse else ((p - x0) / w).clamp(0, 1)
-    both, u = t * (1 - t), 1 - t
+    # 1 - t by itself: where d1 is steep it is tiny, and decides the slope.
+    low, high, length = (y0, y1, h) if inverse else (x0, x1, w)
+    t, u = ((p - low) / length).clamp(0, 1), ((high - p) / length).clamp(0, 1)
+    if inverse:
+        t, u = _inverse_places(t, u, s, d0, d1)
+    both = t * u
     # The denominator s + (d0 + d1 - 2 s) t (1 - t), as a sum of positive terms.
     below = s * (1 - 2 * both) + (d0 + d1) * both
     y = x0 + w * t if inverse else y0 + h * ((s * t * t + d0 * both) / below)
@@ -105,16 +109,21 @@ def _bin_sizes(raw: Tensor, smallest: float = MIN_WIDTH) -> Tensor:
     return smallest + (1 - smallest * raw.shape[-1]) * torch.softmax(raw, -1)
 
 
-def _inverse_place(v: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
-    """t for a value at the share v of its bin's height.
+def _inverse_places(
+    v: Tensor, rest: Tensor, s: Tensor, d0: Tensor, d1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """t and 1 - t for a value at the share ``v = 1 - rest`` of its bin's height.
 
-    The root of ``(s - q) t^2 + q t - s v = 0`` with ``q = d0 (1 - v) - d1 v + 2 s v``; its
-    discriminant is a sum of positive terms, and each sign of q has a form that does not cancel.
+    t is the root of ``(s - q) t^2 + q t - s v = 0`` with ``q = d0 (1 - v) - d1 v + 2 s v``, whose
+    discriminant is a sum of positive terms; 1 - t is that of the bin seen from its other end.
     """
-    v = v.clamp(0, 1)
-    m = d0 * (1 - v) - d1 * v
-    q = m + 2 * s * v
-    root = torch.sqrt(m * m + 4 * s * s * (v * (1 - v)))
+    m = d0 * rest - d1 * v
+    root = torch.sqrt(m * m + 4 * s * s * (v * rest))
+    return _root(m + 2 * s * v, s, v, root), _root(2 * s * rest - m, s, rest, root)
+
+
+def _root(q: Tensor, s: Tensor, v: Tensor, root: Tensor) -> Tensor:
+    """Each sign of q has a form that does not cancel."""
     above = torch.where(q >= 0, 2 * s * v, root - q)
     below = torch.where(q >= 0, q + root, 2 * (s - q))
     return (above / below).clamp(0, 1)
