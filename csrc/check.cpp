@@ -88,7 +88,9 @@ void check_conv2d(
   const int64_t channels = x.size(1);
   TORCH_CHECK_VALUE(
       x.size(2) >= 1 && x.size(3) >= 1, "x must have at least one pixel; got ", x.sizes());
-  TORCH_CHECK_VALUE(dilation >= 1, "dilation must be at least 1; got ", dilation);
+  TORCH_CHECK_VALUE(
+      1 <= dilation && dilation < int64_t{1} << 31, "dilation must be in [1, 2^31); got ",
+      dilation);
   TORCH_CHECK_VALUE(
       groups >= 1 && channels % groups == 0, "groups must divide the channels C = ", channels,
       "; got ", groups);
@@ -163,8 +165,8 @@ void check_rq_spline(
       "derivatives must have shape [..., K - 1] = ", at::IntArrayRef(inner), "; got ",
       derivatives.sizes());
   TORCH_CHECK_VALUE(
-      0 < tail_bound && tail_bound < std::numeric_limits<double>::infinity(),
-      "tail_bound must be positive and finite; got ", python_float(tail_bound));
+      1e-30 <= tail_bound && tail_bound <= 1e30,  // its multiples are numbers in float32 too
+      "tail_bound must be in [1e-30, 1e30]; got ", python_float(tail_bound));
   check_alike(x, "widths", widths);
   check_alike(x, "heights", heights);
   check_alike(x, "derivatives", derivatives);

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <mutex>
+#include <numeric>
 #include <tuple>
 
 namespace snf {
@@ -57,6 +58,14 @@ class Deterministic {
 };
 
 }  // namespace
+
+Geometry geometry_of(const Tensor& x, int64_t dilation, int64_t groups, bool circular) {
+  const int64_t rows = x.size(2), columns = x.size(3);
+  // Zeros: from there on only the middle tap reaches a pixel.
+  if (!circular) return {std::min(dilation, std::max(rows, columns)), groups, circular};
+  const int64_t period = std::lcm(rows, columns);
+  return {(dilation - 1) % period + 1, groups, circular};
+}
 
 Tensor reaching(const Tensor& kernel, const Tensor& x, const Geometry& g) {
   if (g.circular) return kernel;

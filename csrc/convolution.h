@@ -12,6 +12,9 @@ struct Geometry {
   bool circular;
 };
 
+// For images of x's size: a dilation that comes to the same, and is no larger than they need.
+Geometry geometry_of(const at::Tensor& x, int64_t dilation, int64_t groups, bool circular);
+
 // The taps of a kernel that can reach a pixel: zero padding alone would meet the others.
 at::Tensor reaching(const at::Tensor& kernel, const at::Tensor& x, const Geometry& geometry);
 

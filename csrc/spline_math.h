@@ -129,8 +129,7 @@ struct Gradients {
 // From the gradients of the output and of its logarithm of the slope. The inverse, x(y), is
 // differentiated through y(x(y)) = y: dx/d* = -(dy/d*) / slope.
 template <bool inverse, typename T>
-SNF_INLINE Gradients<T> element_backward(
-    const Bin<T>& bin, Place<T> at, T grad_out, T grad_log) {
+SNF_INLINE Gradients<T> element_backward(const Bin<T>& bin, Place<T> at, T grad_out, T grad_log) {
   const T over_w = 1 / (bin.x1 - bin.x0), h = bin.y1 - bin.y0, s = h * over_w;
   const T t = at.t, u = at.u, b = t * u, rest = 1 - 2 * b, both = bin.d0 + bin.d1;
   const T below = s * rest + both * b, over_below = 1 / below;

@@ -112,6 +112,8 @@ OPS = [
     conv("conv-dilation", (2, 2, 7, 8), 3, dilation=2),
     conv("conv-circular", (3, 3, 5, 4), 3, circular=True),
     conv("conv-circular-wraps", (2, 2, 3, 2), 5, circular=True, dilation=2),
+    conv("conv-dilation-beyond", (2, 2, 3, 4), 5, 3, dilation=30),
+    conv("conv-circular-dilation-beyond", (2, 2, 3, 4), 5, 3, circular=True, dilation=30),
     conv("conv-circular-groups", (2, 4, 4, 6), 5, groups=2, circular=True),
     conv("conv-14-wide", (2, 2, 3, 14), 3),
     conv("conv-19-wide-circular", (2, 1, 4, 19), 3, 5, circular=True),

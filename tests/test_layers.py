@@ -21,7 +21,11 @@ from snf_ext import SelfNormConv2d, SelfNormLinear
         (lambda: SelfNormConv2d(3, (3, 0)), ValueError, r"kernel_size must be odd.*got \(3, 0\)"),
         (lambda: SelfNormConv2d(0, 3), ValueError, "channels must be at least 1; got 0"),
         (lambda: SelfNormConv2d(3, 3, groups=2), ValueError, "groups must divide .* C = 3; got 2"),
-        (lambda: SelfNormConv2d(3, 3, dilation=0), ValueError, "dilation must be at least 1"),
+        (
+            lambda: SelfNormConv2d(3, 3, dilation=0),
+            ValueError,
+            r"dilation must be in \[1, 2\^31\); got 0",
+        ),
         (
             lambda: SelfNormConv2d(3, 3, padding_mode="reflect"),
             ValueError,

@@ -70,6 +70,23 @@ def test_equals_dense_matrices(case, dtype, backend, device):
 
 
 @needs_native
+@pytest.mark.parametrize("case", [c for c in OPS if c.name.endswith("beyond")], ids=ids)
+def test_no_dilation_is_too_large(case, device):
+    """For these images of 3 x 4, the largest comes to 7."""
+    tensors, grads = case.tensors(device=device), case.gradients_of_outputs(device=device)
+    ours, small = (
+        run(
+            functools.partial(torch.ops.snf_ext.snf_conv2d, **case.rest | {"dilation": d}),
+            tensors,
+            grads,
+        )
+        for d in (2**31 - 1, (2**31 - 1) % 12)
+    )
+    for name, got, want in zip(FIELDS, ours, small, strict=True):
+        assert np.array_equal(got, want), name
+
+
+@needs_native
 @pytest.mark.parametrize("case", OPS, ids=ids)
 def test_same_bits_twice(case, device):
     tensors, grads = case.tensors(torch.float32, device), case.gradients_of_outputs(torch.float32)

@@ -84,7 +84,13 @@ def bad_arguments():
         ValueError,
         r"groups must divide the channels C = 4; got 3",
     )
-    yield "snf_conv2d", (x, w, w, None, 0, 2), ValueError, r"dilation must be at least 1; got 0"
+    yield (
+        "snf_conv2d",
+        (x, w, w, None, 0, 2),
+        ValueError,
+        r"dilation must be in \[1, 2\^31\); got 0",
+    )
+    yield "snf_conv2d", (x, w, w, None, 2**31, 2), ValueError, r"\[1, 2\^31\); got 2147483648"
     yield (
         "snf_conv2d",
         (x, w[..., :2], w, None, 1, 2),

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     int64_t dilation, int64_t groups, bool circular, bool reconstruct) {
   check_conv2d(x, weight, weight_inv, bias, dilation, groups);
   const WithoutAutocast full_precision;
-  const Geometry geometry = {dilation, groups, circular};
+  const Geometry geometry = geometry_of(x, dilation, groups, circular);
   const Tensor w = wide(reaching(weight, x, geometry));
   const Tensor r = reconstruct ? wide(reaching(weight_inv, x, geometry)) : w;  // w stands in
   const auto step = prefers_stock(w, r) ? stock::forward : fused::forward;
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const WithoutAutocast full_precision;
   const bool reconstructs = z && residual;
   mask[2] = mask[2] && reconstructs;
-  const Geometry geometry = {dilation, groups, circular};
+  const Geometry geometry = geometry_of(x, dilation, groups, circular);
   const Tensor dz = wide(grad_z);
   const Tensor w = wide(reaching(weight, x, geometry)), r = wide(reaching(weight_inv, x, geometry));
   Tensor dx, dw, dr, dc;

@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> debias(
     const Tensor& v, const Tensor& weight, const Tensor& weight_inv, int64_t dilation,
     int64_t groups, bool circular, at::ArrayRef<double> scales, double share) {
   check_debias(v, weight, weight_inv, dilation, groups, scales);
-  const Geometry geometry = {dilation, groups, circular};
+  const Geometry geometry = geometry_of(v, dilation, groups, circular);
   const Tensor w = wide(reaching(weight, v, geometry)), r = wide(reaching(weight_inv, v, geometry));
   if (prefers_stock(w, r))
     return debias_conv2d(v, weight, weight_inv, dilation, groups, circular, scales, share);

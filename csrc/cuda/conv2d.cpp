@@ -127,7 +127,7 @@ ForwardStep forward(
   check_conv2d(x, weight, weight_inv, bias, dilation, groups);
   const OnDeviceOf device(x);
   const WithoutAutocast full_precision;
-  const Geometry g = {dilation, groups, circular};
+  const Geometry g = geometry_of(x, dilation, groups, circular);
   const auto wide_options = x.options().dtype(wide_type(x.scalar_type()));
   const auto empty_residual = [&] {
     return reconstruct ? at::empty(x.sizes(), wide_options, at::MemoryFormat::Contiguous)
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     bool circular, double penalty_share, std::array<bool, 4> mask) {
   const OnDeviceOf device(x);
   const WithoutAutocast full_precision;
-  const Geometry geometry = {dilation, groups, circular};
+  const Geometry geometry = geometry_of(x, dilation, groups, circular);
   const bool reconstructs = z && residual;
   mask[2] = mask[2] && reconstructs;
   // Two weights share the gradient through z and log_det, or the forward one has all of it.

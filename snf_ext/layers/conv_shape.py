@@ -31,8 +31,8 @@ class ConvShape(NamedTuple):
         """The shape, or ValueError / NotImplementedError naming the argument and the way out."""
         if channels < 1:
             raise ValueError(f"channels must be at least 1; got {channels}")
-        if dilation < 1:
-            raise ValueError(f"dilation must be at least 1; got {dilation}")
+        if not 1 <= dilation < 2**31:
+            raise ValueError(f"dilation must be in [1, 2^31); got {dilation}")
         if groups < 1 or channels % groups != 0:
             raise ValueError(f"groups must divide the channels C = {channels}; got {groups}")
         if padding_mode not in ("zeros", "circular"):

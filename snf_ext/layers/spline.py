@@ -47,8 +47,8 @@ class RationalQuadraticSpline(Bijection):
         super().__init__()
         if not 1 <= bins <= 999:
             raise ValueError(f"bins must be 1 to 999; got {bins}")
-        if not 0 < tail_bound < float("inf"):
-            raise ValueError(f"tail_bound must be positive and finite; got {tail_bound}")
+        if not 1e-30 <= tail_bound <= 1e30:
+            raise ValueError(f"tail_bound must be in [1e-30, 1e30]; got {tail_bound}")
         self.event_shape = checked_event_shape(event_shape)
         self.bins, self.tail_bound = bins, float(tail_bound)
         self.widths = nn.Parameter(torch.empty(*self.event_shape, bins))

@@ -37,8 +37,8 @@ def check_conv2d(
     channels = x.shape[1]
     if x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"x must have at least one pixel; got {list(x.shape)}")
-    if dilation < 1:
-        raise ValueError(f"dilation must be at least 1; got {dilation}")
+    if not 1 <= dilation < 2**31:
+        raise ValueError(f"dilation must be in [1, 2^31); got {dilation}")
     if groups < 1 or channels % groups != 0:
         raise ValueError(f"groups must divide the channels C = {channels}; got {groups}")
     for name, kernel in (("weight", weight), ("weight_inv", weight_inv)):
@@ -125,8 +125,8 @@ def check_rq_spline(
         raise ValueError(
             f"derivatives must have shape [..., K - 1] = {inner}; got {list(derivatives.shape)}"
         )
-    if not 0 < tail_bound < float("inf"):
-        raise ValueError(f"tail_bound must be positive and finite; got {tail_bound}")
+    if not 1e-30 <= tail_bound <= 1e30:
+        raise ValueError(f"tail_bound must be in [1e-30, 1e30]; got {tail_bound}")
     _check_alike(x, widths=widths, heights=heights, derivatives=derivatives)
 
 
