@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from snf_ext import (
     EmergingConv2d,
+    ExactLinear,
     ExponentialConv2d,
     HouseholderConv1x1,
     LUConv1x1,
@@ -290,6 +291,8 @@ def test_exponential_scales_down_only():
         (lambda: ExponentialConv2d(2, norm_bound=9.0), r"norm_bound must be in \(0, 5\]; got 9.0"),
         (lambda: RelativeLinear(3)(torch.zeros(2)), r"x must have shape \[..., D\] with D = 3"),
         (lambda: RelativeLinear(3).inverse(torch.zeros(2)), r"z must have shape \[..., D\]"),
+        (lambda: ExactLinear(3)(torch.zeros(2)), r"x must have shape \[..., D\] with D = 3"),
+        (lambda: ExactLinear(3).inverse(torch.zeros(2)), r"z must have shape \[..., D\]"),
         (lambda: EmergingConv2d(2).log_abs_det((0, 1)), "spatial_shape must be"),
         (lambda: ExponentialConv2d(2).log_abs_det((1,)), "spatial_shape must be"),
         *(

@@ -191,6 +191,13 @@ def test_nan_does_not_hang_the_solver():
 # As models
 
 
+def test_settings_of_another_type_are_one_line():
+    """The command line refuses them by itself; a checkpoint's settings may be anything."""
+    settings = {"event_shape": [1, 2, 2], "width": 1.5}
+    with pytest.raises(cli.UserError, match="the settings of model autoregressive must fit it"):
+        cli.build_flow({"name": "autoregressive", "settings": settings})
+
+
 @every_family
 def test_a_training_step_and_samples(family, digits):
     """On digits, at the default width, built as the commands build it."""

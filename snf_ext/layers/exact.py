@@ -10,10 +10,11 @@ from .. import exact
 from ..bijection import Bijection, FlowStep, per_sample_zeros
 from ..reference.convolution import convolve
 from .conv_shape import ConvShape, image_size
-from .initial import STARTS, checked_start, near_identity
+from .initial import STARTS, checked_start
+from .one_weight import OneWeight
 
 
-class ExactLinear(Bijection):
+class ExactLinear(OneWeight):
     """Linear map ``z = W x + c`` whose ``log |det W|`` is differentiated exactly.
 
     Shapes: x ``(..., D)``, z the same, ``log_det`` and ``recon`` (zeros) ``(...)``.
@@ -30,46 +31,17 @@ class ExactLinear(Bijection):
     True
     """
 
-    mixing = True
-
-    def __init__(self, features: int, bias: bool = True) -> None:
-        super().__init__()
-        if features < 1:
-            raise ValueError(f"features must be at least 1; got {features}")
-        self.features = features
-        self.weight = nn.Parameter(torch.empty(features, features))
-        self.bias = nn.Parameter(torch.empty(features)) if bias else None
-        self._cache = exact.FactorizationCache()
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start anew: W near the identity, c = 0."""
-        self.weight.copy_(near_identity(self.weight.shape))
-        if self.bias is not None:
-            self.bias.zero_()
-
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
+        self._check(x, "x")
         z = F.linear(x, self.weight, self.bias)
         log_det = self.log_abs_det().expand(x.shape[:-1])
         return FlowStep(z, log_det, torch.zeros_like(log_det))
-
-    def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
-        """The solution of ``W x = z - c``, exact in either case."""
-        y = z if self.bias is None else z - self.bias
-        return self._factorization().solve(y.reshape(-1, self.features)).reshape(z.shape)
 
     def log_abs_det(self) -> Tensor:
         """``log |det W|`` in nats, a scalar with its exact gradient (cached without grad)."""
         if exact.differentiates(self.weight):
             return exact.linear_log_abs_det(self.weight)
-        return self._factorization().log_abs_det.to(self.weight)
-
-    def _factorization(self) -> exact.Factorization:
-        return exact.factorized(self._cache, self.weight)
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, bias={self.bias is not None}"
+        return super().log_abs_det()
 
 
 class ExactConv2d(Bijection):

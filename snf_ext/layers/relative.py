@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import exact, func_transforms
-from ..bijection import Bijection, FlowStep, wide_dtype
+from .. import func_transforms
+from ..bijection import FlowStep, wide_dtype
 from ..reference.autocast import widened_under_autocast, without_autocast
-from .initial import near_identity
+from .one_weight import OneWeight
 
 
 class _RelativeLinear(torch.autograd.Function):
@@ -80,7 +80,7 @@ def relative_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
     return z, log_det
 
 
-class RelativeLinear(Bijection):
+class RelativeLinear(OneWeight):
     """Linear map ``z = W x + c`` whose weight is trained by the relative gradient.
 
     What ``weight.grad`` receives is the exact gradient of the loss times ``W'W``, which needs no
@@ -109,25 +109,6 @@ class RelativeLinear(Bijection):
     True
     """
 
-    mixing = True
-
-    def __init__(self, features: int, bias: bool = True) -> None:
-        super().__init__()
-        if features < 1:
-            raise ValueError(f"features must be at least 1; got {features}")
-        self.features = features
-        self.weight = nn.Parameter(torch.empty(features, features))
-        self.bias = nn.Parameter(torch.empty(features)) if bias else None
-        self._cache = exact.FactorizationCache()
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start anew: W near the identity, c = 0."""
-        self.weight.copy_(near_identity(self.weight.shape))
-        if self.bias is not None:
-            self.bias.zero_()
-
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         return self._step(x) if self.training else self.exact_forward(x)
 
@@ -139,29 +120,3 @@ class RelativeLinear(Bijection):
         self._check(x, "x")
         z, log_det = relative_linear(x, self.weight, self.bias)
         return FlowStep(z, log_det, torch.zeros_like(log_det))
-
-    def inverse(self, z: Tensor, context: Tensor | None = None, exact: bool = False) -> Tensor:
-        """The solution of ``W x = z - c``, exact in either case.
-
-        Raises:
-            ValueError: z has another last dimension, or W is singular.
-        """
-        self._check(z, "z")
-        y = z if self.bias is None else z - self.bias
-        return self._factorization().solve(y.reshape(-1, self.features)).reshape(z.shape)
-
-    def log_abs_det(self) -> Tensor:
-        """Exact ``log |det W|`` in nats, a scalar without gradient; -inf if W is singular."""
-        return self._factorization().log_abs_det.to(self.weight)
-
-    def _factorization(self) -> exact.Factorization:
-        return exact.factorized(self._cache, self.weight)
-
-    def _check(self, x: Tensor, name: str) -> None:
-        if x.dim() < 1 or x.shape[-1] != self.features:
-            raise ValueError(
-                f"{name} must have shape [..., D] with D = {self.features}; got {list(x.shape)}"
-            )
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, bias={self.bias is not None}"
