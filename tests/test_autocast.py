@@ -46,9 +46,10 @@ def test_bijections(case, mode, dtype):
     bijection, x = case.build(torch.float32).train(mode), case.data(4, torch.float32)
     context, rounding = case.context(x), torch.finfo(dtype).eps
     want = seeded(bijection, x, context)
+    learned = bijection.inverse(want.z, context)
     with torch.autocast("cpu", dtype):
         z, log_det, recon = seeded(bijection, x, context)
-        bijection.inverse(z, context)
+        again = bijection.inverse(want.z, context)
         back = bijection.inverse(want.z, context, exact=True)
     assert log_det.dtype == recon.dtype == torch.float32
     assert relative(recon, want.recon) < 1e-5
@@ -59,7 +60,18 @@ def test_bijections(case, mode, dtype):
     assert relative(z, want.z) < (4 * rounding if loose else 1e-5)
     assert back.shape == x.shape
     if not (case.noisy or (case.batch_dependent and mode)):
-        assert relative(back, x) < (8 * rounding if loose else 1e-4)
+        for got, right in ((back, x), (again, learned)):
+            assert relative(got, right) < (8 * rounding if loose else 1e-4)
+
+
+@halves
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_a_refined_inverse_reaches_float_precision(name, dtype):
+    layer = snf_ext.SelfNormLinear(18) if name == "linear" else snf_ext.SelfNormConv2d(2, 3)
+    x = torch.randn(4, 18) if name == "linear" else torch.randn(4, 2, 3, 3)
+    z = layer(x).z.detach()
+    with torch.autocast("cpu", dtype):
+        assert relative(layer.inverse(z, refine=30), x) < 1e-5
 
 
 @halves

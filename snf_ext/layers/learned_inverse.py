@@ -14,7 +14,7 @@ from ..bijection import FlowStep, wide_dtype
 from ..constraint import weighted
 from ..controllers import Controller
 from ..own_parameters import SetsParameters
-from ..reference.autocast import without_autocast
+from ..reference.autocast import widened_under_autocast, without_autocast
 from ..refine import Refined, checked_steps, refined
 from .debias import Debias
 from .refining import Refining
@@ -225,7 +225,14 @@ class LearnedInverse(SetsParameters, Refining):
         wide = wide_dtype(torch.promote_types(z.dtype, self.weight.dtype))
         forward, backward = (partial(self._map, w.to(wide)) for w in (self.weight, self.weight_inv))
         y = self._centred(z.to(wide))
-        return refined(y, forward, backward, steps, self.event_dims, layer, wait)
+        with without_autocast(z.device):
+            return refined(y, forward, backward, steps, self.event_dims, layer, wait)
+
+    def _learned(self, y: Tensor) -> Tensor:
+        """R y, under autocast in float32 as the forward pass."""
+        y, inverse = widened_under_autocast(y, self.weight_inv)
+        with without_autocast(y.device):
+            return self._map(inverse, y)
 
     def _centred(self, z: Tensor) -> Tensor:
         """``z - c``, or ValueError if z has the wrong shape."""

@@ -140,7 +140,7 @@ class SelfNormLinear(LearnedInverse):
         if checked_refine(refine, exact):
             return self._refined(z, refine, repr(self)).x.to(z.dtype)
         if not exact:
-            return F.linear(y, self.weight_inv)
+            return self._learned(y)
         return self._factorization().solve(y.reshape(-1, self.features)).reshape(z.shape)
 
     def _centred(self, z: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ class SelfNormConv2d(LearnedInverse):
         if checked_refine(refine, exact):
             return self._refined(z, refine, repr(self)).x.to(z.dtype)
         if not exact:
-            return ops.convolve(y, self.weight_inv, *self.shape.geometry)
+            return self._learned(y)
         return self._factorization(z).solve(y.flatten(1)).reshape(z.shape)
 
     def _centred(self, z: Tensor) -> Tensor:
