@@ -109,7 +109,10 @@ def plan_conv2d(
 @kept
 def layout_of(kernels: tuple[int, ...], size: tuple[int, int]) -> Layout:
     """The cheapest blocks for kernels of shape ``(G, c, c, kh, kw)`` on ``(h, w)`` images."""
-    return min(layouts(kernels, size), key=lambda layout: layout.seconds)
+    best, *others = layouts(kernels, size)
+    for layout in others:  # min with a key does not trace
+        best = layout if layout.seconds < best.seconds else best
+    return best
 
 
 def layouts(kernels: tuple[int, ...], size: tuple[int, int]) -> list[Layout]:
