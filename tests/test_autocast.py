@@ -13,7 +13,7 @@ from models_table import VARIANTS, images
 
 import snf_ext
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "backend")
 every = pytest.mark.parametrize("case", BIJECTIONS, ids=lambda case: case.name)
 every_model = pytest.mark.parametrize("name", VARIANTS)
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -132,7 +132,7 @@ def gradients(flow, optimizer, x, scaler=None):
 
 
 @every_model
-def test_scaled_gradients_are_the_unscaled_ones(name):
+def test_scaled_gradients_are_the_unscaled_ones(name, backend):
     """The layers' gradients follow the scale of the loss, their inverse term too."""
     flow, x = models_table.build(name, torch.float32), images(3, torch.float32)
     optimizer = torch.optim.SGD(flow.parameters(), lr=1e-3)
@@ -140,6 +140,7 @@ def test_scaled_gradients_are_the_unscaled_ones(name):
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     # In half precision small gradients are rounded without a scale; elsewhere 16 changes no bit.
     exactly = name.endswith(("self_norm", "relative", "smooth", "5x5", "5x5-inverse"))
+    exactly = exactly and not (backend == "reference" and name.startswith("glow"))
     limit = 0 if exactly else 8 * torch.finfo(torch.float16).eps
     got = gradients(flow, optimizer, x, scaler)
     for a, b in zip(got, want, strict=True):

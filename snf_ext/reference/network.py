@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import widened_under_autocast
 from .checks import check_image_network
 
 
@@ -32,7 +33,12 @@ def image_network(
     >>> image_network(torch.ones(1, 1, 1, 1), *arguments, zeros[-1]).flatten()
     tensor([4., 4., 4.])
     """
-    check_image_network(x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3, log_scale)
+    # Under autocast x may be narrow beside its parameters; the products then narrow all of them.
+    tensors = widened_under_autocast(
+        x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3, log_scale
+    )
+    check_image_network(*tensors)
+    x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3, log_scale = tensors
     h = F.relu(F.conv2d(x, weight_1, bias_1, padding=1))
     h = F.relu(F.conv2d(h, weight_2, bias_2))
     # The kernel is scaled rather than the output, which autograd would have to keep.
