@@ -250,7 +250,7 @@ def build_flow(model: dict[str, Any]) -> Flow:
         return flow
     except UserError:  # a missing extra: the line says it all
         raise
-    except (TypeError, ValueError, IndexError, NotImplementedError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise UserError(f"the settings of model {name} must fit it; {error}") from error
 
 
