@@ -1,4 +1,4 @@
-"""Parameters that a forward pass sets itself, also where FSDP2 holds them in shards."""
+"""Parameters that layers set themselves, also where FSDP2 holds them in shards."""
 
 from __future__ import annotations
 
@@ -32,8 +32,19 @@ class SetsParameters(nn.Module):
             shard = self._shards.get(name)
             if shard is None:
                 continue
-            from torch.distributed.tensor import distribute_tensor
+            shard.detach().to_local().copy_(_sharded_like(shard, value).to_local())
 
-            # The first rank's: what ranks set from samples of their own is not the same.
-            there = distribute_tensor(value.detach(), shard.device_mesh, shard.placements)
-            shard.detach().to_local().copy_(there.to_local())
+
+@torch.no_grad()
+def set_(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter that may be a shard of one, a DTensor, the value of the whole."""
+    is_shard = hasattr(parameter, "placements")
+    parameter.copy_(_sharded_like(parameter, value) if is_shard else value)
+
+
+def _sharded_like(shard: Any, value: Tensor) -> Any:
+    """The first rank's value: what ranks set from samples of their own is not the same."""
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.detach().to(shard.device)
+    return distribute_tensor(value, shard.device_mesh, shard.placements)

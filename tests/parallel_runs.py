@@ -115,6 +115,16 @@ def exact_values(module, x, context):
     return found if isinstance(found, torch.Tensor) else found.log_det
 
 
+def started_again(module):
+    """Every layer of the package; a seed for each, since torch's own draw for each shard."""
+    if hasattr(module, "reshard"):  # a pass leaves the outermost module's parameters whole
+        module.reshard()
+    for number, part in enumerate(module.modules()):
+        torch.manual_seed(70 + number)
+        if isinstance(part, snf_ext.bijection.Bijection) and hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+
+
 def data_parallel(make, x, context, rank):
     module = started(make)
     try:
@@ -142,7 +152,10 @@ def sharded(make, x, context, rank):
         set_model_state_dict(module, dict(state), options=WHOLE)
         again = get_model_state_dict(module, options=WHOLE)
         torch.testing.assert_close(again, state, rtol=0, atol=0)
-    return {"losses": losses, "state": state, "nats": nats}
+    state = {key: t.clone() for key, t in state.items()}  # buffers among it
+    started_again(module)
+    anew = get_model_state_dict(module, options=WHOLE) if state else {}
+    return {"losses": losses, "state": state, "nats": nats, "anew": anew}
 
 
 WAYS = {"ddp": data_parallel, "fsdp2": sharded}
@@ -154,7 +167,9 @@ def truth(name, make, x, context):
     ranks = [None] if name in OWN_STATE else range(SIZE)
     losses = steps(module, module, x, context, ranks)
     nats = exact_values(module, x, context)
-    return {"losses": losses, "state": module.state_dict(), "nats": nats}
+    state = {key: t.clone() for key, t in module.state_dict().items()}
+    started_again(module)
+    return {"losses": losses, "state": state, "nats": nats, "anew": module.state_dict()}
 
 
 def main():

@@ -80,7 +80,7 @@ def test_ddp(name, of_two, of_one):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_fsdp2(name, of_two, of_one):
-    """What is gathered is an ordinary state, also of what a pass itself sets."""
+    """What is gathered is an ordinary state, also of what passes and reset_parameters set."""
     runs, truth = [run["fsdp2", name] for run in of_two], of_one[name]
     assert_losses(runs, truth)
     state = runs[0]["state"]
@@ -89,6 +89,8 @@ def test_fsdp2(name, of_two, of_one):
     if "BatchNorm" not in name:
         for run in runs:
             assert_close(run["nats"], truth["nats"])
+    layers = truth["anew"].keys() - {key for key in state if ".network." in f".{key}"}
+    assert_close(*({key: of["anew"][key] for key in layers} for of in (runs[0], truth)))
     make = {row[0]: row[1] for row in parallel_runs.rows()}[name]
     parallel_runs.started(make).load_state_dict(state)
 

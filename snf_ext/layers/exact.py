@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import exact
 from ..bijection import Bijection, FlowStep, per_sample_zeros
+from ..own_parameters import set_
 from ..reference.convolution import convolve
 from .conv_shape import ConvShape, image_size
 from .initial import STARTS, checked_start
@@ -84,7 +85,7 @@ class ExactConv2d(Bijection):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start anew: w near Dirac or orthogonal, c = 0."""
-        self.weight.copy_(STARTS[self.start](self.weight.shape, self.shape.groups))
+        set_(self.weight, STARTS[self.start](self.weight.shape, self.shape.groups))
         if self.bias is not None:
             self.bias.zero_()
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import exact
 from ..bijection import Bijection
+from ..own_parameters import set_
 from .initial import near_identity
 
 
@@ -28,7 +29,7 @@ class OneWeight(Bijection):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start anew: W near the identity, c = 0."""
-        self.weight.copy_(near_identity(self.weight.shape))
+        set_(self.weight, near_identity(self.weight.shape))
         if self.bias is not None:
             self.bias.zero_()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import exact, ops, tracking
 from ..bijection import FlowStep
+from ..own_parameters import set_
 from ..reference.convolution import flip
 from ..refine import checked_refine
 from ..shard import leading
@@ -70,8 +71,9 @@ class SelfNormLinear(LearnedInverse):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start anew: W near the identity, R = W', c = 0."""
-        self.weight.copy_(near_identity(self.weight.shape))
-        self.weight_inv.copy_(self.weight.T)
+        start = near_identity(self.weight.shape)
+        set_(self.weight, start)
+        set_(self.weight_inv, start.T)
         self._due.zero_()
         if self.bias is not None:
             self.bias.zero_()
@@ -238,9 +240,9 @@ class SelfNormConv2d(LearnedInverse):
     def reset_parameters(self) -> None:
         """Start anew: w near Dirac or orthogonal, r = flip(w), c = 0."""
         groups = self.shape.groups
-        self.weight.copy_(STARTS[self.start](self.weight.shape, groups))
-        size = self.weight_inv.shape
-        self.weight_inv.copy_(resized(flip(self.weight, groups), (size[2], size[3])))
+        start, size = STARTS[self.start](self.weight.shape, groups), self.weight_inv.shape
+        set_(self.weight, start)
+        set_(self.weight_inv, resized(flip(start, groups), (size[2], size[3])))
         self._due.zero_()
         if self.bias is not None:
             self.bias.zero_()

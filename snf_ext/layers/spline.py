@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bijection import Bijection, FlowStep, per_sample_zeros
+from ..own_parameters import set_
 from .event import checked_event_shape
 
 
@@ -60,7 +61,7 @@ class RationalQuadraticSpline(Bijection):
     def reset_parameters(self) -> None:
         """Start anew, near the identity."""
         for raw in (self.widths, self.heights, self.derivatives):
-            raw.normal_(std=0.01)
+            set_(raw, torch.empty(raw.shape, dtype=raw.dtype, device=raw.device).normal_(std=0.01))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         return FlowStep(*self._apply_spline(x, inverse=False), per_sample_zeros(x))
