@@ -35,7 +35,7 @@ TENSORS = {
 }
 NUMBERS = {
     bool: (True, False),
-    int: (-(2**62), -1, 0, 1, 2, 3, 7, 40),
+    int: (-(2**62), -1, 0, 1, 2, 3, 7, 40, 2**31 - 1, 2**31, 2**62),
     float: (-torch.inf, -1.0, -1e-300, 0.0, 1e-300, 0.5, 1.0, 3.0, 1e300, torch.inf, torch.nan),
     list: ([], [0.0], [1.0] * 5, [-1.0], [torch.nan], [1e300, torch.inf]),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,16 @@ def flip(kernel: Tensor, groups: int = 1) -> Tensor:
     return grouped.transpose(1, 2).flip(3, 4).reshape(kernel.shape)
 
 
+def _needed(dilation: int, x: Tensor, circular: bool) -> int:
+    """A dilation that comes to the same on x, and pads it no further than it has to."""
+    if dilation == 1 or torch.compiler.is_compiling():  # sizes that are unknown stay so
+        return dilation
+    height, width = x.shape[2:]
+    if not circular:
+        return min(dilation, max(height, width))
+    return (dilation - 1) % math.lcm(height, width) + 1
+
+
 def _pad(x: Tensor, kernel: Tensor, dilation: int, circular: bool) -> Tensor:
     rows, columns = kernel.shape[2] // 2 * dilation, kernel.shape[3] // 2 * dilation
     if not circular:
@@ -31,6 +43,7 @@ def _pad(x: Tensor, kernel: Tensor, dilation: int, circular: bool) -> Tensor:
 
 def convolve(x: Tensor, kernel: Tensor, dilation: int, groups: int, circular: bool) -> Tensor:
     """``k * x`` of the size of x: ``T(k) vec(x)``."""
+    dilation = _needed(dilation, x, circular)
     return F.conv2d(_pad(x, kernel, dilation, circular), kernel, dilation=dilation, groups=groups)
 
 
@@ -38,6 +51,7 @@ def weight_gradient(
     delta: Tensor, x: Tensor, kernel: Tensor, dilation: int, groups: int, circular: bool
 ) -> Tensor:
     """Gradient of ``<delta, k * x>`` in k, of the shape of ``kernel``."""
+    dilation = _needed(dilation, x, circular)
     padded = _pad(x, kernel, dilation, circular)
     return conv2d_weight(padded, kernel.shape, delta, dilation=dilation, groups=groups)
 
