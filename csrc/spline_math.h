@@ -8,7 +8,7 @@
 //
 // All three are sums of positive terms. So is the discriminant of the inverse, as written below:
 // nothing here cancels, and nothing has to be clamped against a negative root. Where d1 is steep,
-// 1 - t is tiny and decides the slope: it is computed by itself.
+// 1 - t is tiny and decides the slope: the inverse computes it by itself.
 #pragma once
 
 #include "elementary.h"
@@ -73,8 +73,8 @@ struct Place {
 
 template <typename T>
 SNF_INLINE Place<T> place_of_x(const Bin<T>& bin, T x) {
-  const T w = bin.x1 - bin.x0;
-  return {unit_interval((x - bin.x0) / w), unit_interval((bin.x1 - x) / w)};
+  const T t = unit_interval((x - bin.x0) / (bin.x1 - bin.x0));
+  return {t, 1 - t};  // x is rounded itself: nothing would be gained by another division
 }
 
 // The root from 0 to 1 of (s - q) t^2 + q t - s v = 0 whose discriminant's root is given. Each form

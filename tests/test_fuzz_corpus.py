@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ sys.path.append(str(FUZZ))
 
 import fuzz_checkpoint  # noqa: E402
 import fuzz_data  # noqa: E402
+from harness import peak  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FUZZERS = {"data": fuzz_data, "checkpoint": fuzz_checkpoint}
@@ -21,10 +21,6 @@ MOST, BYTES = 300_000, 512 * 2**20
 
 def corpus(name):
     return sorted((FUZZ / "corpus" / name).iterdir())
-
-
-def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @pytest.mark.parametrize("name", ["data", pytest.param("checkpoint", marks=pytest.mark.slow)])

@@ -82,11 +82,11 @@ def rq_spline(
     )
     w, h = x1 - x0, y1 - y0
     s = h / w
-    # 1 - t by itself: where d1 is steep it is tiny, and decides the slope.
-    low, high, length = (y0, y1, h) if inverse else (x0, x1, w)
-    t, u = ((p - low) / length).clamp(0, 1), ((high - p) / length).clamp(0, 1)
-    if inverse:
-        t, u = _inverse_places(t, u, s, d0, d1)
+    if inverse:  # 1 - t by itself: where d1 is steep it is tiny, and decides the slope
+        t, u = _inverse_places(((p - y0) / h).clamp(0, 1), ((y1 - p) / h).clamp(0, 1), s, d0, d1)
+    else:
+        t = ((p - x0) / w).clamp(0, 1)
+        u = 1 - t
     both = t * u
     # The denominator s + (d0 + d1 - 2 s) t (1 - t), as a sum of positive terms.
     below = s * (1 - 2 * both) + (d0 + d1) * both

@@ -144,7 +144,9 @@ def tensors(value: Any) -> Any:
     if isinstance(value, dict):
         shape = value.get("zeros")
         if isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**40 for n in shape):
-            return torch.zeros(()).expand(shape[:8]) if "wide" in value else torch.zeros(shape[:1])
+            if "wide" in value:
+                return torch.zeros(()).expand(shape[:8])
+            return torch.zeros([min(n, 2**16) for n in shape[:1]])  # that many are in the file
         return {key: tensors(part) for key, part in value.items()}
     return [tensors(part) for part in value] if isinstance(value, list) else value
 

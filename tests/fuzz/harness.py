@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import inspect
+import resource
 import shutil
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from snf_ext.training.errors import UserError
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
 DOCUMENTED = (UserError, FileNotFoundError)
+MEMORY = 400e6  # bytes that no input may take: more than all imports that wait for one, and no more
 
 SHM = Path("/dev/shm")  # in memory, where the system has it
 
@@ -35,10 +37,19 @@ def chosen(data: bytes, targets: dict[str, Callable[[bytes], None]]) -> None:
     if not data:
         return
     target = list(targets.values())[data[0] % len(targets)]
+    before = peak()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with suppress(*DOCUMENTED):
             target(data[1:])
+    taken = peak() - before
+    assert taken < MEMORY, f"an input of {len(data)} bytes took {taken / 1e6:.0f} MB"
+
+
+def peak() -> float:
+    """The most memory that this process ever had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def write_seeds(folder: Path, seeds: dict[str, bytes]) -> None:
