@@ -65,16 +65,6 @@ def test_bijections(case, mode, dtype):
 
 
 @halves
-@pytest.mark.parametrize("name", ["linear", "conv"])
-def test_a_refined_inverse_reaches_float_precision(name, dtype):
-    layer = snf_ext.SelfNormLinear(18) if name == "linear" else snf_ext.SelfNormConv2d(2, 3)
-    x = torch.randn(4, 18) if name == "linear" else torch.randn(4, 2, 3, 3)
-    z = layer(x).z.detach()
-    with torch.autocast("cpu", dtype):
-        assert relative(layer.inverse(z, refine=30), x) < 1e-5
-
-
-@halves
 @every
 def test_bijections_after_one_that_narrows(case, dtype):
     """Under autocast x may come in half precision while parameters are float32."""

@@ -357,7 +357,7 @@ MEASURE = """
 import torch
 from snf_ext import ExactConv2d
 torch.set_num_threads(1)
-torch.manual_seed(0)  # a few seeds in a hundred give a layer whose condition is beyond float32
+torch.manual_seed(0)  # some give a layer whose condition is beyond float32
 
 def peak():
     lines = open("/proc/self/status").read().splitlines()

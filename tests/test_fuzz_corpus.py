@@ -16,7 +16,7 @@ from harness import peak  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FUZZERS = {"data": fuzz_data, "checkpoint": fuzz_checkpoint}
-MOST, BYTES = 400_000, 512 * 2**20
+MOST, BYTES = 300_000, 512 * 2**20
 
 
 def corpus(name):
