@@ -36,7 +36,7 @@ class SetsParameters(nn.Module):
 
 
 @torch.no_grad()
-def set_(parameter: Tensor, value: Tensor) -> None:
+def assign_(parameter: Tensor, value: Tensor) -> None:
     """Give a parameter that may be a shard of one, a DTensor, the value of the whole."""
     is_shard = hasattr(parameter, "placements")
     parameter.copy_(_sharded_like(parameter, value) if is_shard else value)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import func_transforms, ops
 from ..bijection import Bijection, FlowStep, per_sample_zeros, wide_dtype
-from ..own_parameters import set_
+from ..own_parameters import assign_
 from ..reference.triangular import anchor, triangular_conv2d, triangular_mask
 from .conv_shape import ConvShape, image_size
 from .glow_mixing import PlainConv1x1
@@ -63,7 +63,7 @@ class EmergingConv2d(Bijection):
     def reset_parameters(self) -> None:
         """Start anew: l and u near the identity, c = 0; Q is another module's."""
         for kernel, upper in ((self.lower, False), (self.upper, True)):
-            set_(kernel, _start(kernel.shape, upper))
+            assign_(kernel, _start(kernel.shape, upper))
         if self.bias is not None:
             self.bias.zero_()
 

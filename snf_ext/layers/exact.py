@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import exact
 from ..bijection import Bijection, FlowStep, per_sample_zeros
-from ..own_parameters import set_
+from ..own_parameters import assign_
 from ..reference.convolution import convolve
 from .conv_shape import ConvShape, image_size
 from .initial import STARTS, checked_start
@@ -85,7 +85,7 @@ class ExactConv2d(Bijection):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start anew: w near Dirac or orthogonal, c = 0."""
-        set_(self.weight, STARTS[self.start](self.weight.shape, self.shape.groups))
+        assign_(self.weight, STARTS[self.start](self.weight.shape, self.shape.groups))
         if self.bias is not None:
             self.bias.zero_()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bijection import Bijection, FlowStep, per_sample_zeros, wide_dtype
-from ..own_parameters import set_
+from ..own_parameters import assign_
 from ..reference.autocast import without_autocast
 from ..reference.convolution import convolve
 from .conv_shape import ConvShape, image_size
@@ -76,7 +76,7 @@ class ExponentialConv2d(Bijection):
     def reset_parameters(self) -> None:
         """Start anew: the kernel at noise, c = 0; Q is another module's."""
         shape = self.weight.shape
-        set_(self.weight, torch.randn(shape) / math.prod(shape[1:]))
+        assign_(self.weight, torch.randn(shape) / math.prod(shape[1:]))
         if self.bias is not None:
             self.bias.zero_()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import exact
 from ..bijection import Bijection, FlowStep, per_sample_zeros, wide_dtype
-from ..own_parameters import set_
+from ..own_parameters import assign_
 from ..reference.autocast import without_autocast
 from .conv_shape import ConvShape, image_size
 from .initial import random_orthogonal
@@ -108,7 +108,7 @@ class PlainConv1x1(_Conv1x1):
         self.reset_parameters()
 
     def _reset_matrix(self) -> None:
-        set_(self.weight, random_orthogonal(self.shape.channels))
+        assign_(self.weight, random_orthogonal(self.shape.channels))
 
     def matrix(self) -> Tensor:
         return self.weight
@@ -165,8 +165,8 @@ class LUConv1x1(_Conv1x1):
     def _reset_matrix(self) -> None:
         permutation, lower, upper = torch.linalg.lu(random_orthogonal(self.shape.channels))
         s = upper.diagonal()
-        set_(self.lu, lower.tril(-1) + upper.triu(1))
-        set_(self.log_s, s.abs().log())
+        assign_(self.lu, lower.tril(-1) + upper.triu(1))
+        assign_(self.log_s, s.abs().log())
         self.permutation.copy_(permutation.argmax(1))
         self.sign.copy_(s.sign())
 
@@ -229,7 +229,7 @@ class HouseholderConv1x1(_Conv1x1):
         self.reset_parameters()
 
     def _reset_matrix(self) -> None:
-        set_(self.vectors, torch.randn(self.vectors.shape))
+        assign_(self.vectors, torch.randn(self.vectors.shape))
 
     def matrix(self) -> Tensor:
         v = F.normalize(self.vectors.to(wide_dtype(self.vectors.dtype)), dim=1)

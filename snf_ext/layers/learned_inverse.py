@@ -225,8 +225,7 @@ class LearnedInverse(SetsParameters, Refining):
         wide = wide_dtype(torch.promote_types(z.dtype, self.weight.dtype))
         forward, backward = (partial(self._map, w.to(wide)) for w in (self.weight, self.weight_inv))
         y = self._centred(z.to(wide))
-        with without_autocast(z.device):
-            return refined(y, forward, backward, steps, self.event_dims, layer, wait)
+        return refined(y, forward, backward, steps, self.event_dims, layer, wait)
 
     def _learned(self, y: Tensor) -> Tensor:
         """R y, under autocast in float32 as the forward pass."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import exact
 from ..bijection import Bijection
-from ..own_parameters import set_
+from ..own_parameters import assign_
 from .initial import near_identity
 
 
@@ -29,7 +29,7 @@ class OneWeight(Bijection):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start anew: W near the identity, c = 0."""
-        set_(self.weight, near_identity(self.weight.shape))
+        assign_(self.weight, near_identity(self.weight.shape))
         if self.bias is not None:
             self.bias.zero_()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import exact, ops, tracking
 from ..bijection import FlowStep
-from ..own_parameters import set_
+from ..own_parameters import assign_
 from ..reference.convolution import flip
 from ..refine import checked_refine
 from ..shard import leading
@@ -72,8 +72,8 @@ class SelfNormLinear(LearnedInverse):
     def reset_parameters(self) -> None:
         """Start anew: W near the identity, R = W', c = 0."""
         start = near_identity(self.weight.shape)
-        set_(self.weight, start)
-        set_(self.weight_inv, start.T)
+        assign_(self.weight, start)
+        assign_(self.weight_inv, start.T)
         self._due.zero_()
         if self.bias is not None:
             self.bias.zero_()
@@ -172,7 +172,7 @@ class SelfNormConv2d(LearnedInverse):
     Args:
         channels: C.
         kernel_size: of w; an odd int, or a pair.
-        dilation: distance between the taps of w and of r.
+        dilation: distance between the taps of w and of r, 1 to 2^31 - 1.
         groups: number of channel groups.
         bias: whether there is a c.
         padding_mode: ``"zeros"`` or ``"circular"``.
@@ -241,8 +241,8 @@ class SelfNormConv2d(LearnedInverse):
         """Start anew: w near Dirac or orthogonal, r = flip(w), c = 0."""
         groups = self.shape.groups
         start, size = STARTS[self.start](self.weight.shape, groups), self.weight_inv.shape
-        set_(self.weight, start)
-        set_(self.weight_inv, resized(flip(start, groups), (size[2], size[3])))
+        assign_(self.weight, start)
+        assign_(self.weight_inv, resized(flip(start, groups), (size[2], size[3])))
         self._due.zero_()
         if self.bias is not None:
             self.bias.zero_()

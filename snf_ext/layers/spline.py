@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bijection import Bijection, FlowStep, per_sample_zeros
-from ..own_parameters import set_
+from ..own_parameters import assign_
 from .event import checked_event_shape
 
 
@@ -22,7 +22,7 @@ class RationalQuadraticSpline(Bijection):
     Args:
         event_shape: shape of one event.
         bins: K, 1 to 999.
-        tail_bound: T.
+        tail_bound: T, in [1e-30, 1e30].
 
     Parameters: ``widths`` and ``heights`` of ``(*event_shape, K)``, ``derivatives`` of
     ``(*event_shape, K - 1)``, before softmax and softplus; they start at 0.01 N(0, 1), which is
@@ -61,7 +61,9 @@ class RationalQuadraticSpline(Bijection):
     def reset_parameters(self) -> None:
         """Start anew, near the identity."""
         for raw in (self.widths, self.heights, self.derivatives):
-            set_(raw, torch.empty(raw.shape, dtype=raw.dtype, device=raw.device).normal_(std=0.01))
+            assign_(
+                raw, torch.empty(raw.shape, dtype=raw.dtype, device=raw.device).normal_(std=0.01)
+            )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> FlowStep:
         return FlowStep(*self._apply_spline(x, inverse=False), per_sample_zeros(x))

@@ -99,7 +99,7 @@ def snf_conv2d(
         weight: w, ``(C, C/groups, kh, kw)`` with odd kh and kw.
         weight_inv: r, the learned inverse, ``(C, C/groups, k'h, k'w)``; its size may differ.
         bias: c, ``(C,)``.
-        dilation: distance between the taps of both kernels.
+        dilation: distance between the taps of both kernels, 1 to 2^31 - 1.
         groups: number of channel groups of both kernels.
         circular: wrap the image around instead of padding it with zeros.
         reconstruct: False where the inverse is kept by other means, or nobody asks: recon is

@@ -43,7 +43,7 @@ def rq_spline(
         widths, heights: raw, ``(*S, K)`` shared by the batch (``(1, *S, K)`` is the same), or
             ``(B, *S, K)``: one set for each element.
         derivatives: raw, at the inner knots: the same shape but K - 1 last.
-        tail_bound: T.
+        tail_bound: T, in [1e-30, 1e30].
         inverse: map y to x instead.
 
     Returns:
