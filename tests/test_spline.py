@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 
 import ground_truth_spline
 import numpy as np
@@ -163,6 +164,22 @@ def test_on_knots(inverse, backend, device):
     np.testing.assert_allclose(y[:, 0].cpu(), ground_truth_spline.knots(other, BOUND), atol=1e-12)
     slope = np.log(ground_truth_spline.slopes(parameters[2][0].cpu().numpy()))
     np.testing.assert_allclose(logs.cpu(), -slope if inverse else slope, atol=1e-11)
+
+
+def test_the_inverse_beside_a_steep_knot(backend, device):
+    """1 - t is too small for a difference. Two equal bins, whose slopes go from 1 to 1e15."""
+    u, steep, half = [Decimal(n).scaleb(-16) for n in (3, 70, 20_000)], Decimal(10) ** 15, 10
+    below = [1 + (steep - 1) * (1 - n) * n for n in u]
+    heights = [(1 - n) / b for n, b in zip(u, below, strict=True)]
+    slopes = [
+        (steep * (1 - n) ** 2 + 2 * (1 - n) * n + n**2) / b**2
+        for n, b in zip(u, below, strict=True)
+    ]
+    y = torch.tensor([[float(half * (v - 1))] for v in heights], dtype=torch.float64, device=device)
+    zeros = torch.zeros(1, 2, dtype=torch.float64, device=device)
+    _, log_det = ops.rq_spline(y, zeros, zeros, zeros[:, 1:] + math.inf, half, inverse=True)
+    want = torch.tensor([-float(slope.ln()) for slope in slopes], dtype=torch.float64)
+    torch.testing.assert_close(log_det.cpu(), want, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("event", [(4,), (0,)], ids=str)
